@@ -1,0 +1,47 @@
+# Two commands on a fresh machine that has Python and a package index: make demo, make test.
+# Each makes .venv and installs what it needs, once; make help lists the rest.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+# Set up anew when a dependency or the list of the package's files changes: the editable install links files.
+PACKAGE := $(shell find __init__.py celeryconfig.py py.typed cachelib coordination tasks -name '*.py' -o -name '*.lua' -o -name 'py.typed' 2>/dev/null | sort)
+STAMP   := $(VENV)/ready-$(shell { echo $(PACKAGE); cat pyproject.toml; } | cksum | cut -d' ' -f1)
+
+LOG    ?=
+KILL   ?= 0
+KEEP   ?=
+export LOG KILL KEEP
+
+.PHONY: help demo test check bench clean
+.DEFAULT_GOAL := help
+
+help: ## list what can be made
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: $(STAMP) ## run the main job; LOG=path replays a log, KILL=3 kills the worker thrice, KEEP=1 stays up
+	@$(BIN)/python -m examples.site.demo
+
+test: $(STAMP) ## run the tests
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+check: $(STAMP) ## lint, types, import rules, architecture
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m pytest -q tests/architecture
+
+clean: ## remove what was made
+	rm -rf $(VENV) build dist *.egg-info
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "petiole: there is no $(PYTHON); install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "petiole: $$($(PYTHON) --version) is too old; Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "petiole: $(PYTHON) cannot make virtual environments; install its venv module (Debian: apt install python3-venv)" >&2; exit 1; }
+	@echo "petiole: setting up $(VENV), once ..." >&2
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@rm -rf build $(VENV)/ready-*
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=strict -e '.[dev]'
+	@touch $@

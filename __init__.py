@@ -1,0 +1,74 @@
+"""Petiole: caching, coordination and write-behind for Celery on Redis.
+
+The face: every public name. Each is imported when it is first asked for, so that a web process that only
+caches imports neither Celery nor SQLAlchemy. Importing connects to nothing and starts no thread.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cachelib import MISS, Cache, Connections, Settings, cached, connect
+    from .cachelib.write_behind import SqlSink
+    from .coordination import Allowed, Limited, RateLimit, RateLimiter
+    from .coordination.memoize import memoized_task
+    from .coordination.signals import SignalBridge
+    from .tasks.invalidation import invalidate_on_commit
+    from .tasks.warming import warmed
+    from .tasks.write_behind import WriteBehind
+
+__all__ = [
+    # Connecting
+    "Connections",
+    "Settings",
+    "connect",
+    # Caching
+    "MISS",
+    "Cache",
+    "cached",
+    "invalidate_on_commit",
+    "warmed",
+    # Writing behind
+    "SqlSink",
+    "WriteBehind",
+    # Coordinating
+    "Allowed",
+    "Limited",
+    "RateLimit",
+    "RateLimiter",
+    "SignalBridge",
+    "memoized_task",
+]  # fmt: skip
+
+_HOME = {
+    "Connections": ".cachelib",
+    "Settings": ".cachelib",
+    "connect": ".cachelib",
+    "MISS": ".cachelib",
+    "Cache": ".cachelib",
+    "cached": ".cachelib",
+    "invalidate_on_commit": ".tasks.invalidation",
+    "warmed": ".tasks.warming",
+    "SqlSink": ".cachelib.write_behind",
+    "WriteBehind": ".tasks.write_behind",
+    "Allowed": ".coordination",
+    "Limited": ".coordination",
+    "RateLimit": ".coordination",
+    "RateLimiter": ".coordination",
+    "SignalBridge": ".coordination",
+    "memoized_task": ".coordination",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("petiole")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, "__version__"])

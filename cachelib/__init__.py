@@ -1,0 +1,20 @@
+"""Floor 1: values in Redis. Knows redis-py, and nothing of Celery."""
+
+from .cache import MISS, Cache, Stats
+from .connections import Connections, Health, connect
+from .decorators import CachedFunction, cached
+from .embedded import EmbeddedServer
+from .settings import Settings
+
+__all__ = [
+    "MISS",
+    "Cache",
+    "CachedFunction",
+    "Connections",
+    "EmbeddedServer",
+    "Health",
+    "Settings",
+    "Stats",
+    "cached",
+    "connect",
+]

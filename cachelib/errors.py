@@ -1,0 +1,94 @@
+"""What can go wrong on floor 1. One root; facts as attributes; the message says the next step."""
+
+
+class CachelibError(Exception):
+    """Root of every error that ``petiole.cachelib`` raises on purpose."""
+
+
+class ServerUnavailable(CachelibError):
+    """Redis could not be reached, or did not answer in time."""
+
+    def __init__(self, address: str, cause: BaseException, *, doing: str) -> None:
+        self.address = address
+        self.doing = doing
+        super().__init__(
+            f"{doing}: Redis at {address} did not answer ({type(cause).__name__}: {cause}). "
+            "Check that the server runs there and that REDIS_URL names it."
+        )
+
+
+class ServerNotFound(CachelibError):
+    """``embedded://`` found no server program to start."""
+
+
+class EntryNotCounter(CachelibError):
+    """``incr`` met a key that holds something else than a whole number."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        super().__init__(f"{key!r} does not hold a whole number, so it cannot be incremented; delete it first")
+
+
+class ValueNotCacheable(CachelibError, TypeError):
+    """A value has no MessagePack form."""
+
+    def __init__(self, key: str, value: object, cause: BaseException) -> None:
+        self.key = key
+        super().__init__(
+            f"the value for {key!r}, a {type(value).__name__}, cannot be cached ({cause}); "
+            "give built-in types, dataclasses, msgspec structs, datetimes, Decimal or UUID"
+        )
+
+
+class LoaderRecursion(CachelibError, RuntimeError):
+    """A loader asked for the very key that it is loading."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        super().__init__(f"the loader of {key!r} asked the cache for {key!r} again; it would wait for itself")
+
+
+class WriteBehindError(CachelibError):
+    """Root of the errors of the write-behind buffers."""
+
+
+class RowRefused(WriteBehindError, ValueError):
+    """A row does not fit its table. It was refused before it entered the buffer."""
+
+    def __init__(self, table: str, column: str | None, reason: str) -> None:
+        self.table = table
+        self.column = column
+        self.reason = reason
+        where = f"{table}.{column}" if column else table
+        super().__init__(f"row refused, nothing was written: {where}: {reason}")
+
+
+class BufferFull(WriteBehindError):
+    """A partition holds as many unflushed rows as it may. The row was not accepted."""
+
+    def __init__(self, buffer: str, partition: int, length: int) -> None:
+        self.buffer = buffer
+        self.partition = partition
+        self.length = length
+        super().__init__(
+            f"buffer {buffer!r}, partition {partition}, holds {length} unflushed rows and takes no more; "
+            "is a worker flushing it? Otherwise raise max_length"
+        )
+
+
+class SinkUnfit(WriteBehindError, ValueError):
+    """A table cannot serve the mode that was asked of it."""
+
+
+class PartitionsChanged(WriteBehindError):
+    """A buffer was given another number of partitions while rows are still in the old ones."""
+
+    def __init__(self, buffer: str, stored: int, wanted: int, left: int) -> None:
+        self.buffer = buffer
+        self.stored = stored
+        self.wanted = wanted
+        self.left = left
+        super().__init__(
+            f"buffer {buffer!r} has {left} unflushed rows in its {stored} partitions and was declared with "
+            f"{wanted}; run workers with partitions={stored} until it is empty, then change the number"
+        )

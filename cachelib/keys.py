@@ -1,0 +1,108 @@
+"""The only place in this package that spells the names of Redis keys. Pure.
+
+Form: ``petiole:1:<kind>:{<name>}[:<part>]``. The ``1`` is the version of the layout, so that old and new
+workers can run beside each other during a deploy. The braces put all parts of one thing into one Cluster
+slot; text from users is escaped so that it cannot close them.
+"""
+
+import re
+from collections.abc import Sequence
+
+LAYOUT = "petiole:1"
+
+LONGEST_NAME_BYTES = 1_024  # a key is stored with every entry and sent with every call
+
+_ESCAPED = {ord(c): f"%{ord(c):02X}" for c in "%{}\x7f"} | {code: f"%{code:02X}" for code in range(0x20)}
+_ESCAPED_WITH_COLON = _ESCAPED | {ord(":"): "%3A"}
+_GLOB_SPECIAL = re.compile(r"([*?\[\]\\^])")
+
+
+def _checked(text: str, what: str) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"{what} must be text, not {type(text).__name__}: {text!r}")
+    if not text:
+        raise ValueError(f"{what} must not be empty")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} {text!r} is not valid Unicode: {error.reason}") from None
+    if size > LONGEST_NAME_BYTES:
+        raise ValueError(f"{what} has {size} bytes, more than {LONGEST_NAME_BYTES}: {text[:60]!r}...; hash it first")
+    return text
+
+
+def escaped(text: str, what: str = "key") -> str:
+    """User text as it may stand between the braces of a key."""
+    return _checked(text, what).translate(_ESCAPED)
+
+
+def escaped_name(text: str, what: str = "name") -> str:
+    """User text that is followed by more: the colon is escaped too, so that no two names meet."""
+    return _checked(text, what).translate(_ESCAPED_WITH_COLON)
+
+
+class CacheKeys:
+    """The keys of one cache namespace."""
+
+    __slots__ = ("_entry", "_popular", "_tag", "namespace")
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
+        name = escaped_name(namespace, "namespace")
+        self._entry = f"{LAYOUT}:cache:{{{name}:"
+        self._tag = f"{LAYOUT}:tag:{{{name}:"
+        self._popular = f"{LAYOUT}:popular:{{{name}:"
+
+    def entry(self, key: str) -> str:
+        """The entry itself: an envelope, or a whole number in decimal text."""
+        return f"{self._entry}{escaped(key)}}}"
+
+    def tag(self, tag: str) -> str:
+        """The version of a tag: opaque text. A missing one makes every entry that names the tag invalid."""
+        return f"{self._tag}{escaped(tag, 'tag')}}}"
+
+    def popular(self, function: str) -> str:
+        """How often each call of a warmed function was asked for: a sorted set of calls."""
+        return f"{self._popular}{escaped(function, 'function')}}}"
+
+    def matching(self, pattern: str) -> str:
+        """A pattern for SCAN. ``*``, ``?`` and ``[...]`` in ``pattern`` match; the namespace is literal.
+
+        It ends in ``*`` so that it finds the parts of an entry too: a lease that is left behind would let a
+        load that began before the deletion put its value back.
+        """
+        return f"{_literal(self._entry)}{escaped(pattern, 'pattern')}}}*"
+
+
+def _literal(text: str) -> str:
+    return _GLOB_SPECIAL.sub(r"\\\1", text)
+
+
+def lease(entry: str) -> str:
+    """Who may fill this entry: a token, while the load runs."""
+    return f"{entry}:lease"
+
+
+def waiters(entry: str) -> str:
+    """How many processes wait for the load of this entry."""
+    return f"{entry}:waiters"
+
+
+def wake(entry: str) -> str:
+    """A list on which those who wait for this entry are woken."""
+    return f"{entry}:wake"
+
+
+def counters(kind: str, name: str) -> str:
+    """A hash of counters that all processes share."""
+    return f"{LAYOUT}:counters:{{{escaped_name(kind, 'kind')}:{escaped(name, 'name')}}}"
+
+
+def stream(buffer: str, partition: int, partitions: int) -> str:
+    """One partition of a write-behind buffer: a stream. It has no TTL, because it holds unflushed writes."""
+    return f"{LAYOUT}:buffer:{{{escaped_name(buffer, 'buffer')}:{partition}/{partitions}}}"
+
+
+def streams(buffer: str, partitions: int) -> Sequence[str]:
+    """All partitions of a buffer, in order."""
+    return [stream(buffer, partition, partitions) for partition in range(partitions)]

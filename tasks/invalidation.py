@@ -1,0 +1,216 @@
+"""``invalidate_on_commit``: what a session changed is invalidated once it has committed, by a Celery task.
+
+Before the commit is too early (a reader would cache the old row again), in the web process alone is too
+little (Redis may be away at that moment). So the keys and tags are collected while the session flushes, sent
+to a task after the commit, and the task tries until Redis has them.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from celery import Celery, Task
+from kombu.exceptions import OperationalError as BrokerUnavailable
+from sqlalchemy import event, inspect
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+from ..cachelib.cache import Cache
+from ..cachelib.connections import UNREACHABLE
+from ..cachelib.counters import SharedCounters
+from ..cachelib.errors import ServerUnavailable
+from . import wiring
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 500  # keys and tags per task: a message of a bulk change stays small
+
+SessionSource = type[Session] | sessionmaker[Any] | scoped_session[Any] | Session
+Rules = Mapping[type, str | Sequence[str]]
+
+
+def add_invalidation_task(cache: Cache, app: Celery | None) -> Task:
+    """The task ``petiole.invalidate.<namespace>`` of a cache: ``task.delay(keys=[...], tags=[...])``.
+
+    Tries again, at growing distances of up to a minute and without end, while Redis does not answer.
+    """
+    tasks = _tasks.setdefault(cache, {})
+    if app not in tasks:
+        counters = SharedCounters(cache.redis, "cache", cache.namespace)
+
+        def invalidate(keys: Sequence[str] = (), tags: Sequence[str] = ()) -> dict[str, int]:
+            removed = cache.invalidate(keys=keys, tags=tags)
+            counters.add(invalidations=len(keys) + len(tags), removed=removed)
+            return {"keys": len(keys), "tags": len(tags), "removed": removed}
+
+        name = wiring.checked_name(cache.namespace, "namespace")
+        tasks[app] = wiring.add_task(
+            app,
+            f"petiole.invalidate.{name}",
+            invalidate,
+            ignore_result=True,
+            acks_late=True,  # twice is harmless, never is not
+            autoretry_for=(ServerUnavailable,),
+            max_retries=None,
+            retry_backoff=True,
+            retry_backoff_max=60,
+        )
+    return tasks[app]
+
+
+_tasks: "WeakKeyDictionary[Cache, dict[Celery | None, Task]]" = WeakKeyDictionary()
+
+
+@dataclass(slots=True)
+class _Changes:
+    """What one transaction has changed so far. Dicts, because they keep an order and no doubles."""
+
+    keys: dict[str, None] = field(default_factory=dict)
+    tags: dict[str, None] = field(default_factory=dict)
+
+
+class CommitInvalidation:
+    """Watches sessions and invalidates after their commits. Made by ``invalidate_on_commit``."""
+
+    def __init__(self, cache: Cache, keys: Rules, tags: Rules, app: Celery | None) -> None:
+        self.cache = cache
+        self.task = add_invalidation_task(cache, app)
+        self._rules = {
+            model: (_templates(keys.get(model, ()), model), _templates(tags.get(model, ()), model))
+            for model in {**keys, **tags}
+        }
+        self._changes: WeakKeyDictionary[Session, _Changes] = WeakKeyDictionary()
+
+    def __repr__(self) -> str:
+        models = ", ".join(sorted(model.__name__ for model in self._rules))
+        return f"<CommitInvalidation of {self.cache.namespace!r} [{models}]>"
+
+    def add(self, session: Session, *, keys: Iterable[str] = (), tags: Iterable[str] = ()) -> None:
+        """Invalidate more once this session commits: for what the ORM does not see, such as bulk updates."""
+        changes = self._changes.setdefault(session, _Changes())
+        changes.keys.update(dict.fromkeys(keys))
+        changes.tags.update(dict.fromkeys(tags))
+
+    def watch(self, source: SessionSource) -> None:
+        """Follow the sessions of a source."""
+        event.listen(source, "before_flush", self._before_flush)
+        event.listen(source, "after_flush", self._after_flush)
+        event.listen(source, "after_commit", self._after_commit)
+        event.listen(source, "after_soft_rollback", self._after_rollback)
+
+    def _before_flush(self, session: Session, _context: object, _instances: object) -> None:
+        # Before, because the row of a deleted object can still be read now, and old values are still known.
+        with session.no_autoflush:
+            for instance in (*session.dirty, *session.deleted):
+                self._note(session, instance)
+
+    def _after_flush(self, session: Session, _context: object) -> None:
+        for instance in session.new:  # after, because the database gives new rows their keys
+            self._note(session, instance)
+
+    def _note(self, session: Session, instance: object) -> None:
+        for model, (keys, tags) in self._rules.items():
+            if isinstance(instance, model):
+                for columns in (_Columns(instance), _FormerColumns(instance)):
+                    self.add(
+                        session,
+                        keys=[template.format_map(columns) for template in keys],
+                        tags=[template.format_map(columns) for template in tags],
+                    )
+
+    def _after_commit(self, session: Session) -> None:
+        if session.in_nested_transaction():
+            return  # a savepoint; the transaction around it may still be rolled back
+        changes = self._changes.pop(session, None)
+        if changes is None:
+            return
+        keys, tags = list(changes.keys), list(changes.tags)
+        for start in range(0, max(len(keys), len(tags)), _BATCH):
+            self._send(keys[start : start + _BATCH], tags[start : start + _BATCH])
+
+    def _after_rollback(self, session: Session, previous: Any) -> None:
+        if not previous.nested:  # after a savepoint's rollback its changes are invalidated too: needless, harmless
+            self._changes.pop(session, None)
+
+    def _send(self, keys: list[str], tags: list[str]) -> None:
+        try:
+            self.task.apply_async(kwargs={"keys": keys, "tags": tags}, retry=False)
+        except (BrokerUnavailable, *UNREACHABLE) as error:
+            logger.warning("the broker did not take an invalidation (%s); it is done here instead", error)
+            try:
+                self.cache.invalidate(keys=keys, tags=tags)
+            except ServerUnavailable:
+                # The data is committed: raising would make the caller believe that it is not.
+                logger.exception("not invalidated, and stale until their TTL: keys %s, tags %s", keys, tags)
+
+
+def invalidate_on_commit(
+    source: SessionSource,
+    cache: Cache,
+    *,
+    keys: Rules | None = None,
+    tags: Rules | None = None,
+    app: Celery | None = None,
+) -> CommitInvalidation:
+    """Invalidate what sessions change, after they have committed, through a Celery task.
+
+    >>> invalidate_on_commit(Session, cache, keys={User: "user:{id}"}, tags={Post: ["author:{author_id}"]})
+
+    A key or tag is filled from the columns of the changed object; where a column changed, both with the old and
+    with the new value. Nothing is sent for a transaction that is rolled back.
+
+    Promises: once the broker has taken the task, the invalidation is tried until Redis has it; when the broker
+    does not, it is tried at once in this process, and logged as an error if that fails too.
+
+    Non-promises: between the commit and the task, readers may still get the old value. What goes past the ORM
+    (``session.execute(update(...))``, raw SQL, other programs) is not seen: name it with ``add``. A process that
+    dies between the commit and the sending invalidates nothing: bounded by the TTL.
+
+    Arguments:
+        source: a ``sessionmaker``, ``scoped_session``, ``Session`` class or one session.
+        cache: what to invalidate in.
+        keys, tags: per model, text with its columns in braces, or several.
+        app: the Celery app; without one, as ``shared_task``.
+
+    Raises ``ValueError`` at once for text that names what is no column of the model.
+    """
+    if not keys and not tags:
+        raise ValueError("name keys or tags: without them nothing would ever be invalidated")
+    watcher = CommitInvalidation(cache, keys or {}, tags or {}, app)
+    watcher.watch(source)
+    return watcher
+
+
+def _templates(given: str | Sequence[str], model: type) -> tuple[str, ...]:
+    templates = (given,) if isinstance(given, str) else tuple(given)
+    columns = dict.fromkeys(inspect(model).column_attrs.keys(), "")
+    for template in templates:
+        try:
+            template.format_map(columns)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"{template!r} names {error}, which is no column of {model.__name__}; it has {', '.join(columns)}"
+            ) from None
+    return templates
+
+
+class _Columns(dict[str, Any]):
+    """The columns of an object as they are. Only those that a template names are looked at."""
+
+    def __init__(self, instance: object) -> None:
+        self._instance = instance
+
+    def __missing__(self, name: str) -> Any:
+        return getattr(self._instance, name)
+
+
+class _FormerColumns(_Columns):
+    """The columns of an object as they were before this flush."""
+
+    def __missing__(self, name: str) -> Any:
+        state = inspect(self._instance)
+        if state is None or not state.persistent:
+            return getattr(self._instance, name)
+        former = state.attrs[name].load_history().deleted
+        return former[0] if former else getattr(self._instance, name)

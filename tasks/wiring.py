@@ -1,0 +1,65 @@
+"""Where this package touches a Celery app: its tasks, its beat entries, its worker's end. Nowhere else.
+
+Without an app, what is wired here goes to every app, as ``shared_task`` does it.
+"""
+
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from celery import Celery, Task, shared_task, signals
+from celery._state import connect_on_app_finalize  # what shared_task itself is built on
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+def checked_name(name: str, what: str) -> str:
+    """A name as it may stand in the name of a task. Raises ``ValueError`` for another."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{what} {name!r} becomes part of a task's name: use letters, digits, '_', '.' and '-', 100 at most"
+        )
+    return name
+
+
+def add_task(app: Celery | None, name: str, function: Callable[..., Any], **options: Any) -> Task:
+    """Register a function as a task of an app, or of all."""
+    make = app.task if app is not None else shared_task
+    return make(name=name, **options)(function)
+
+
+def add_beat_entry(app: Celery | None, name: str, *, every_ms: int, task: str) -> None:
+    """Have beat send a task, unless the app's own schedule already has an entry of that name.
+
+    A message that nobody took until the next one is due expires: a worker that was away finds one, not a heap.
+    """
+
+    def add(sender: Celery, **_: Any) -> None:
+        if name in sender.conf.beat_schedule:
+            return
+        every = timedelta(milliseconds=every_ms)
+        # An expiry below a second would let a busy worker drop every one of them.
+        options = {"expires": max(1.0, every.total_seconds())}
+        sender.add_periodic_task(every, sender.signature(task), name=name, **options)
+
+    def add_when_ready(to: Celery) -> None:
+        if to.finalized:
+            add(to)
+        else:
+            to.on_after_finalize.connect(add, weak=False)
+
+    if app is not None:
+        add_when_ready(app)
+    else:
+        connect_on_app_finalize(lambda to: to.on_after_finalize.connect(add, weak=False))
+
+
+def at_worker_end(app: Celery | None, function: Callable[[], None]) -> None:
+    """Call a function in the main process of a worker, once its pool has ended."""
+
+    def end(sender: Any = None, **_: Any) -> None:
+        if app is None or getattr(sender, "app", None) is app:
+            function()
+
+    signals.worker_shutdown.connect(end, weak=False)
