@@ -138,9 +138,7 @@ class Cache:
         lease: how long one load may take before another process may begin its own.
     """
 
-    def __init__(
-        self, redis: Connections, *, namespace: str, ttl: Duration = 300, lease: Duration = 10
-    ) -> None:
+    def __init__(self, redis: Connections, *, namespace: str, ttl: Duration = 300, lease: Duration = 10) -> None:
         self.redis = redis
         self.namespace = namespace
         self.keys = key_names.CacheKeys(namespace)
@@ -311,7 +309,13 @@ class Cache:
     # Writing
 
     def set(
-        self, key: str, value: object, *, ttl: Duration | None = None, stale: Duration = 0, tags: Sequence[str] = ()
+        self,
+        key: str,
+        value: object,
+        *,
+        ttl: Duration | None = None,
+        stale: Duration = 0,
+        tags: Sequence[str] = (),
     ) -> bool:
         """Store a value; a load of the key that is under way will not overwrite it.
 
@@ -394,9 +398,7 @@ class Cache:
             return 0
         return self._remove([self.keys.entry(key) for key in keys])
 
-    def invalidate(
-        self, *, keys: Iterable[str] = (), tags: Iterable[str] = (), matching: str | None = None
-    ) -> int:
+    def invalidate(self, *, keys: Iterable[str] = (), tags: Iterable[str] = (), matching: str | None = None) -> int:
         """Remove what changed: by key, by tag, by pattern.
 
         >>> cache.invalidate(keys=["user:1"], tags=["users"], matching="post:list:*")
@@ -417,7 +419,7 @@ class Cache:
         removed = self._remove(names) if names else 0
         if tag_names:
             with self._raising("invalidate tags"):
-                removed += int(self.redis.coordination.unlink(*tag_names))  # type: ignore[arg-type]
+                removed += int(self.redis.coordination.unlink(*tag_names))
         if pattern is not None:
             removed += self._remove_matching(pattern)
         return removed
@@ -499,9 +501,7 @@ class Cache:
         except ValueNotCacheable:
             self._end_load(name, reading.token, b"", 1)
             raise
-        stored = self._end_load(
-            name, reading.token, payload, entries.jittered(ttl_ms, random.random()) + stale_ms
-        )
+        stored = self._end_load(name, reading.token, payload, entries.jittered(ttl_ms, random.random()) + stale_ms)
         if not stored:
             self._counters.add("refused")
         return stored
@@ -537,9 +537,7 @@ class Cache:
 
     def _remove(self, names: Sequence[str]) -> int:
         with self._raising("delete"):
-            return _DELETE(
-                self.redis.coordination, entries=names, leases=[key_names.lease(name) for name in names]
-            )
+            return _DELETE(self.redis.coordination, entries=names, leases=[key_names.lease(name) for name in names])
 
     def _remove_matching(self, pattern: str) -> int:
         """Remove what matches now, and what a load puts back that began before now.

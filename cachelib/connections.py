@@ -136,7 +136,7 @@ class Connections:
             started = time.perf_counter()
             client.ping()
             latency_ms = (time.perf_counter() - started) * 1_000
-            facts: dict[str, Any] = client.info()  # type: ignore[assignment]
+            facts: dict[str, Any] = client.info()
         except UNREACHABLE as error:
             raise ServerUnavailable(self.address, error, doing="health check") from None
         except RedisError as error:

@@ -68,10 +68,12 @@ class EmbeddedServer:
         for _ in range(5):  # another process may take the port between our look and the server's bind
             port = _free_port()
             process = subprocess.Popen(
-                ["/bin/sh", "-c", _GUARD, "petiole-server", program]
-                + ["--port", str(port), "--bind", "127.0.0.1", "--protected-mode", "yes"]
-                + ["--save", "", "--appendonly", "no", "--dir", str(folder), "--logfile", str(log)]
-                + list(options),
+                [
+                    *("/bin/sh", "-c", _GUARD, "petiole-server", program),
+                    *("--port", str(port), "--bind", "127.0.0.1", "--protected-mode", "yes"),
+                    *("--save", "", "--appendonly", "no", "--dir", str(folder), "--logfile", str(log)),
+                    *options,
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -54,7 +54,9 @@ class Settings:
         known = [field.name for field in fields(cls)]
         for name in arguments.keys() - set(known):
             near = get_close_matches(name, known, n=1)
-            raise TypeError(f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {known}"))
+            raise TypeError(
+                f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {known}")
+            )
         environment = os.environ if environment is None else environment
         found: dict[str, Any] = {}
         if url := _url(environment):

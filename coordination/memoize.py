@@ -56,13 +56,15 @@ class Memo:
 
 
 class MemoizedTask(Task):
-    """The base of memoized tasks. ``task(...)``, ``delay`` and ``apply_async`` are as ever; ``task.run`` always runs."""
+    """The base of memoized tasks. ``task(...)``, ``delay`` and ``apply_async`` are as ever; ``run`` always runs."""
 
     abstract = True
     memo: Memo
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        return self.memo.call(self, arguments, keywords, lambda: super(MemoizedTask, self).__call__(*arguments, **keywords))
+        return self.memo.call(
+            self, arguments, keywords, lambda: super(MemoizedTask, self).__call__(*arguments, **keywords)
+        )
 
     def peek(self, *arguments: Any, **keywords: Any) -> Any:
         """The remembered result of a call; ``MISS`` when there is none. Never runs the task."""

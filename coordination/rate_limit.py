@@ -47,7 +47,12 @@ class RateLimit:
             raise ValueError(f"rate {rate!r} is above 10,000 calls a second, which whole microseconds cannot pace")
         if burst is not None and (not isinstance(burst, int) or isinstance(burst, bool) or burst < 1):
             raise ValueError(f"burst must be a whole number of at least 1, not {burst!r}")
-        for name, value in (("rate", rate), ("count", count), ("period_us", period_us), ("burst", burst or count)):
+        for name, value in (
+            ("rate", rate),
+            ("count", count),
+            ("period_us", period_us),
+            ("burst", burst or count),
+        ):
             object.__setattr__(self, name, value)
 
     @property

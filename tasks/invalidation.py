@@ -184,7 +184,7 @@ def invalidate_on_commit(
 
 def _templates(given: str | Sequence[str], model: type) -> tuple[str, ...]:
     templates = (given,) if isinstance(given, str) else tuple(given)
-    columns = dict.fromkeys(inspect(model).column_attrs.keys(), "")
+    columns: dict[str, str] = dict.fromkeys(inspect(model).column_attrs.keys(), "")
     for template in templates:
         try:
             template.format_map(columns)

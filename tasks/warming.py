@@ -126,7 +126,16 @@ def warmed(
             template = ":".join([function.__qualname__, *(f"{{{argument}}}" for argument in names)])
         chosen = wiring.checked_name(name or f"{function.__module__}.{function.__name__}", "name")
         return WarmedFunction(
-            function, cache, template, every_ms=every_ms, top=top, app=app, name=chosen, ttl=ttl, stale=stale, tags=tags
+            function,
+            cache,
+            template,
+            every_ms=every_ms,
+            top=top,
+            app=app,
+            name=chosen,
+            ttl=ttl,
+            stale=stale,
+            tags=tags,
         )
 
     return decorate

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 from celery import Celery
 from kombu.exceptions import OperationalError as BrokerUnavailable
 
@@ -99,12 +98,9 @@ class WriteBehind:
         Raises ``RowRefused`` for a row that does not fit the table, before anything is written; ``BufferFull``;
         and ``ServerUnavailable`` when nobody knows whether Redis has the row.
         """
-        payload = self.sink.format.pack(row)
-        identity = payload
-        if self.sink.key:
-            identity = msgspec.msgpack.encode([row[column] for column in self.sink.key])
-        partition = self.buffer.partition_of(identity)
-        if self.buffer.put(partition, payload):
+        packed = self.sink.format.pack(row)
+        partition = self.buffer.partition_of(packed.identity)
+        if self.buffer.put(partition, packed.payload):
             self._kick(partition)
 
     def flush(self, *, within: Duration = _DRAIN_S) -> int:
@@ -146,7 +142,12 @@ class WriteBehind:
         flushed = self._flush(partition)
         if flushed.more:
             self._kick(partition)
-        return {"partition": partition, "rows": flushed.rows, "batches": flushed.batches, "lag_ms": flushed.lag_ms}
+        return {
+            "partition": partition,
+            "rows": flushed.rows,
+            "batches": flushed.batches,
+            "lag_ms": flushed.lag_ms,
+        }
 
     def _flush(self, partition: int, most_batches: int = 50) -> Any:
         flushed = self.flusher.flush(partition, most_batches=most_batches)

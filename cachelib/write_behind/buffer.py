@@ -69,9 +69,19 @@ class Buffer:
     """
 
     def __init__(
-        self, redis: Connections, name: str, *, partitions: int = 4, batch_size: int = 1_000, max_length: int = 1_000_000
+        self,
+        redis: Connections,
+        name: str,
+        *,
+        partitions: int = 4,
+        batch_size: int = 1_000,
+        max_length: int = 1_000_000,
     ) -> None:
-        for argument, value in (("partitions", partitions), ("batch_size", batch_size), ("max_length", max_length)):
+        for argument, value in (
+            ("partitions", partitions),
+            ("batch_size", batch_size),
+            ("max_length", max_length),
+        ):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{argument} must be a whole number of at least 1, not {value!r}")
         self.redis = redis
@@ -115,7 +125,10 @@ class Buffer:
         """Remove a batch that the sink has committed. Raises redis-py's errors."""
         last = max(entry.id for entry in batch.entries)
         return _TRIM(
-            self.redis.coordination, stream=self._streams[partition], run=batch.run, min_id=str(last.following())
+            self.redis.coordination,
+            stream=self._streams[partition],
+            run=batch.run,
+            min_id=str(last.following()),
         )
 
     def lengths(self, partitions: int | None = None) -> list[int]:

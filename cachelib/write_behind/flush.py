@@ -24,7 +24,6 @@ class Sink(Protocol):
     """Where a buffer is flushed to. ``SqlSink`` is one."""
 
     format: RowFormat
-    key: tuple[str, ...]
 
     def prepare(self, buffer: str) -> int | None:
         """Make ready; the number of partitions that the buffer was flushed with before."""
@@ -36,7 +35,13 @@ class Sink(Protocol):
         """How far a partition has come."""
 
     def apply(
-        self, buffer: str, partition: int, partitions: int, old: Position, new: Position, rows: list[dict[str, Any]]
+        self,
+        buffer: str,
+        partition: int,
+        partitions: int,
+        old: Position,
+        new: Position,
+        rows: list[dict[str, Any]],
     ) -> bool:
         """Apply rows and move the position from old to new, both or neither; False when it is not at old."""
 
@@ -85,9 +90,7 @@ class Flusher:
             if entries:
                 new = position.after(entries, batch.now_ms)
                 unpacked = [self.sink.format.unpack(entry.payload) for entry in entries]
-                if not self.sink.apply(
-                    self.buffer.name, partition, self.buffer.partitions, position, new, unpacked
-                ):
+                if not self.sink.apply(self.buffer.name, partition, self.buffer.partitions, position, new, unpacked):
                     position = None
                     fenced += 1
                     continue

@@ -33,4 +33,4 @@ def alike(rows: Iterable[Row]) -> list[list[Row]]:
     >>> [len(run) for run in alike([{"a": 1}, {"a": 2}, {"a": 3, "b": 4}])]
     [2, 1]
     """
-    return [list(run) for _, run in groupby(rows, key=lambda row: frozenset(row))]
+    return [list(run) for _, run in groupby(rows, key=frozenset)]

@@ -49,9 +49,7 @@ def read(connection: sa.Connection, buffer: str, partition: int) -> Position:
     return Position(row.version, marks_from_text(row.marks), row.rows_applied, row.lag_ms)
 
 
-def move(
-    connection: sa.Connection, buffer: str, partition: int, partitions: int, old: Position, new: Position
-) -> bool:
+def move(connection: sa.Connection, buffer: str, partition: int, partitions: int, old: Position, new: Position) -> bool:
     """Move a position inside the transaction that applies its rows, before them. False: another flusher has.
 
     This is the fence. A second flusher waits here for the first one's commit (the row is locked, and under
@@ -77,9 +75,7 @@ def move(
 
 def stored_partitions(connection: sa.Connection, buffer: str) -> int | None:
     """How many partitions the buffer was last flushed with; None when it never was."""
-    return connection.execute(
-        sa.select(sa.func.max(_TABLE.c.partitions)).where(_TABLE.c.buffer == buffer)
-    ).scalar()
+    return connection.execute(sa.select(sa.func.max(_TABLE.c.partitions)).where(_TABLE.c.buffer == buffer)).scalar()
 
 
 def repartition(connection: sa.Connection, buffer: str, wanted: int) -> None:

@@ -8,10 +8,10 @@ only the database knows (foreign keys, unique and check constraints, triggers) i
 import enum
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import sqlalchemy as sa
@@ -24,13 +24,21 @@ _INTEGER_BITS = ((sa.SmallInteger, 16), (sa.BigInteger, 64), (sa.Integer, 32))
 _FIELD = re.compile(r"\$\.([^`\[]+)|field `([^`]+)`")
 
 
+class Packed(NamedTuple):
+    """A row as it goes into a stream."""
+
+    payload: bytes
+    identity: bytes
+    """The same for rows with the same key, which must stay in order; the whole row where there is no key."""
+
+
 class RowFormat:
     """The rows of one table, as they stand in a stream: one MessagePack map each.
 
     Arguments:
         table: whose rows these are.
         columns: those that a row may name. Default: all that the database does not compute.
-        required: those that a row must name and that must not be None, over what the table requires.
+        key: those that tell rows apart: a row must name them, and they must not be None.
         optional: those that a row may leave out although the table requires them, but not give as None.
         wide_integers: whether the database stores 64 bits in every integer column, as SQLite does.
     """
@@ -40,7 +48,7 @@ class RowFormat:
         table: sa.Table,
         *,
         columns: frozenset[str] | None = None,
-        required: frozenset[str] = frozenset(),
+        key: Sequence[str] = (),
         optional: frozenset[str] = frozenset(),
         wide_integers: bool = False,
     ) -> None:
@@ -58,21 +66,20 @@ class RowFormat:
             if columns is not None and column.key not in columns:
                 continue
             kind: Any = _type_of(column, wide_integers)
-            if column.nullable and column.key not in required | optional:
+            if column.nullable and column.key not in {*key, *optional}:
                 kind = kind | None
-            needed = column.key in required or (is_required(column) and column.key not in optional)
-            fields.append(
-                (f"c{index}", kind) if needed else (f"c{index}", kind | msgspec.UnsetType, msgspec.UNSET)
-            )
-        names = {f"c{index}": column.key for index, column in enumerate(table.columns)}
+            needed = column.key in key or (is_required(column) and column.key not in optional)
+            fields.append((f"c{index}", kind) if needed else (f"c{index}", kind | msgspec.UnsetType, msgspec.UNSET))
+        names = {f"c{index}": str(column.key) for index, column in enumerate(table.columns)}
         self._struct = msgspec.defstruct(
             "Row", fields, rename=lambda field: names[field], kw_only=True, forbid_unknown_fields=True
         )
         self._decode = msgspec.msgpack.Decoder(self._struct).decode
         self._encode = msgspec.msgpack.Encoder().encode
         self._names = [(field, names[field]) for field in self._struct.__struct_fields__]
+        self._key_fields = [field for field, name in self._names if name in key]
 
-    def pack(self, row: Row) -> bytes:
+    def pack(self, row: Row) -> Packed:
         """The stored form of a row. Raises ``RowRefused``, with the column, for one that does not fit."""
         if not isinstance(row, Mapping):
             raise RowRefused(self.table.name, None, f"a row is a mapping of columns, not {type(row).__name__}")
@@ -84,16 +91,14 @@ class RowFormat:
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise RowRefused(self.table.name, None, str(error)) from None
         self._refuse_what_types_do_not_tell(checked)
-        return packed
+        if not self._key_fields:
+            return Packed(packed, packed)
+        return Packed(packed, self._encode([getattr(checked, field) for field in self._key_fields]))
 
     def unpack(self, payload: bytes) -> dict[str, Any]:
         """A row as it was put, without the columns that it left out. Raises msgspec's errors."""
         stored = self._decode(payload)
-        return {
-            name: value
-            for field, name in self._names
-            if (value := getattr(stored, field)) is not msgspec.UNSET
-        }
+        return {name: value for field, name in self._names if (value := getattr(stored, field)) is not msgspec.UNSET}
 
     def _plain(self, row: Row) -> Row:
         if not self._json & row.keys():

@@ -69,7 +69,7 @@ class SqlSink:
         self.format = RowFormat(
             table,
             columns=frozenset(self.key) | frozenset(self._amounts) if mode == "sum" else None,
-            required=frozenset(self.key),
+            key=self.key,
             optional=frozenset(self._amounts),
             wide_integers=engine.dialect.name == "sqlite",
         )
@@ -98,7 +98,13 @@ class SqlSink:
             return positions.read(connection, buffer, partition)
 
     def apply(
-        self, buffer: str, partition: int, partitions: int, old: Position, new: Position, rows: Sequence[dict[str, Any]]
+        self,
+        buffer: str,
+        partition: int,
+        partitions: int,
+        old: Position,
+        new: Position,
+        rows: Sequence[dict[str, Any]],
     ) -> bool:
         """Apply rows and move the position, in one transaction. False, and nothing applied, when fenced off.
 
