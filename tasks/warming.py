@@ -44,7 +44,11 @@ class WarmedFunction(CachedFunction[P, T]):
         self.popularity = Popularity(cache.redis, cache.keys.popular(name), top=top)
         self._every_s = every_ms / 1_000
         self._counters = SharedCounters(cache.redis, "cache", cache.namespace)
-        self.task = wiring.add_task(app, f"petiole.warm.{name}", self.warm, ignore_result=True)
+
+        def warm() -> dict[str, int]:
+            return self.warm()
+
+        self.task = wiring.add_task(app, f"petiole.warm.{name}", warm, ignore_result=True)
         wiring.add_beat_entry(app, f"petiole: warm {name}", every_ms=every_ms, task=f"petiole.warm.{name}")
 
     def __call__(self, *arguments: P.args, **keywords: P.kwargs) -> T:

@@ -24,7 +24,7 @@ def checked_name(name: str, what: str) -> str:
 
 
 def add_task(app: Celery | None, name: str, function: Callable[..., Any], **options: Any) -> Task:
-    """Register a function as a task of an app, or of all."""
+    """Register a function as a task of an app, or of all. A plain function: Celery asks callers for a method's self."""
     make = app.task if app is not None else shared_task
     return make(name=name, **options)(function)
 

@@ -80,7 +80,11 @@ class WriteBehind:
         self.flusher = Flusher(self.buffer, sink)
         self._counters = SharedCounters(redis, "buffer", name)
         task_name = f"petiole.flush.{name}"
-        self.task = wiring.add_task(app, task_name, self._run, ignore_result=True)
+
+        def flush(partition: int | None = None) -> dict[str, int]:
+            return self._run(partition)
+
+        self.task = wiring.add_task(app, task_name, flush, ignore_result=True)
         wiring.add_beat_entry(
             app, f"petiole: flush {name}", every_ms=milliseconds(max_delay, "max_delay"), task=task_name
         )

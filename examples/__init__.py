@@ -1,0 +1,1 @@
+"""Programs that show Petiole at work. Run from the folder that holds ``examples``."""
