@@ -12,6 +12,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from uuid import uuid4
 
@@ -117,18 +118,20 @@ def _replay(services: Any, log: access_log.Log, path: Path, kills: int) -> Outco
         console=console,
     ) as progress:
         bar = progress.add_task("Replaying", total=total)
-        killed = 0
-        answered = 0
+        killed = answered = 0
+        turn = Lock()
 
         def advance(count: int) -> None:
             nonlocal killed, answered
-            answered += count
             progress.advance(bar, count)
-            while killed < len(kill_at) and answered >= kill_at[killed]:
-                killed += 1
-                services.kill_worker()
-                progress.console.print(f"killed the worker (SIGKILL) after {answered} requests")
-                services.start_worker()
+            with turn:
+                answered += count
+                if killed < len(kill_at) and answered >= kill_at[killed]:
+                    killed += 1
+                    services.wait_for_worker()  # one that is still starting has nothing to lose
+                    services.kill_worker()
+                    progress.console.print(f"killed the worker (SIGKILL) after {answered:,} requests")
+                    services.start_worker()
 
         started = time.monotonic()
         replay = Replay(log.requests, advance)

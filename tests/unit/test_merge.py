@@ -2,6 +2,7 @@
 
 import enum
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any
 
 from hypothesis import given
@@ -76,4 +77,4 @@ def test_runs_of_alike_rows_keep_every_row_and_the_order(rows: list[dict[str, in
 
     assert [row for run in runs for row in run] == rows
     assert all(row.keys() == run[0].keys() for run in runs for row in run)
-    assert all(one[0].keys() != next_[0].keys() for one, next_ in zip(runs, runs[1:], strict=False))
+    assert all(one[0].keys() != next_[0].keys() for one, next_ in pairwise(runs))

@@ -70,7 +70,7 @@ def test_a_burst_that_is_no_positive_whole_number_is_refused(burst: object) -> N
 @pytest.mark.parametrize(("rate", "burst"), [("1/d", 10**9), ("1/99999999d", None), ("1/36500d", 10_000)])
 def test_a_limit_beyond_exact_arithmetic_is_refused(rate: str, burst: int | None) -> None:
     """Redis computes with doubles: what would pass 2^53 microseconds could admit too many, so it is refused."""
-    with pytest.raises(ValueError, match="rate|burst"):
+    with pytest.raises(ValueError, match=r"rate|burst"):
         RateLimit(rate, burst=burst)
 
 

@@ -1,0 +1,535 @@
+"""Memoized tasks on a worker: promise 10, a duplicate completes as any other task, only faster."""
+
+from collections.abc import Callable
+from threading import Event, Lock, Semaphore
+from typing import Any, Protocol
+
+import pytest
+from celery import Celery, Task, chain, chord, group, signals
+from celery.worker import WorkController
+
+from petiole import MISS, Cache, connect, memoized_task
+from petiole.cachelib import Connections, EmbeddedServer
+from petiole.cachelib.errors import ServerUnavailable
+from petiole.coordination import MemoizedTask
+
+PATIENCE_S = 20.0
+
+
+class Declare(Protocol):
+    def __call__(self, function: Callable[..., Any], **options: Any) -> MemoizedTask: ...
+
+
+@pytest.fixture
+def declare(worker_app: Celery, worker: WorkController, cache: Cache, name: str) -> Declare:
+    """Declares a memoized task that the shared worker runs."""
+
+    def make(function: Callable[..., Any], **options: Any) -> MemoizedTask:
+        options = {"cache": cache, "name": f"{name}.{function.__name__}", **options}
+        task = memoized_task(app=worker_app, **options)(function)
+        worker.reload()
+        return task
+
+    return make
+
+
+@pytest.fixture
+def plain(worker_app: Celery, worker: WorkController, name: str) -> Callable[..., Task]:
+    """Declares a task as any other."""
+
+    def make(function: Callable[..., Any], **options: Any) -> Task:
+        task = worker_app.task(name=f"{name}.plain.{function.__name__}", **options)(function)
+        worker.reload()
+        return task
+
+    return make
+
+
+class Body:
+    """A task's body that notes with what it was called."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self._lock = Lock()
+
+    def __call__(self, call: Any) -> int:
+        with self._lock:
+            self.calls.append(call)
+            return len(self.calls)
+
+
+@pytest.fixture
+def body() -> Body:
+    return Body()
+
+
+def test_equal_calls_run_the_body_once(declare: Declare, body: Body) -> None:
+    """The second task completes with the first one's value, and its body does not run."""
+    task = declare(lambda region: {"region": region, "run": body(region)}, key="{region}")
+    results = [task.delay(region).get(timeout=PATIENCE_S) for region in ("north", "north", "south", "north")]
+
+    assert body.calls == ["north", "south"]
+    assert results == [
+        {"region": "north", "run": 1},
+        {"region": "north", "run": 1},
+        {"region": "south", "run": 2},
+        {"region": "north", "run": 1},
+    ]
+
+
+def test_of_concurrent_duplicates_one_runs(declare: Declare, body: Body) -> None:
+    """While one runs, duplicates wait for it and complete with its value."""
+    begun, second, go = Semaphore(0), Event(), Event()
+
+    def report(region: str) -> int:
+        run = body(region)
+        if run > 1:
+            second.set()
+        go.wait(PATIENCE_S)
+        return run
+
+    task = declare(report)
+
+    def on_prerun(sender: Any = None, **_: Any) -> None:
+        if sender.name == task.name:
+            begun.release()
+
+    signals.task_prerun.connect(on_prerun, weak=False)
+    try:
+        results = [task.delay("north") for _ in range(3)]
+        for _ in range(3):
+            assert begun.acquire(timeout=PATIENCE_S)
+        assert not second.wait(0.2)
+        go.set()
+        values = [result.get(timeout=PATIENCE_S) for result in results]
+    finally:
+        go.set()
+        signals.task_prerun.disconnect(on_prerun)
+
+    assert values == [1, 1, 1]
+    assert body.calls == ["north"]
+
+
+def test_a_duplicate_has_an_id_and_a_result_of_its_own(declare: Declare, body: Body) -> None:
+    """Two calls are two tasks: to forget one result leaves the other."""
+    task = declare(lambda region: body(region))
+    first, second = task.delay("north"), task.delay("north")
+    values = first.get(timeout=PATIENCE_S), second.get(timeout=PATIENCE_S)
+    first.forget()
+
+    assert first.id != second.id
+    assert values == (1, 1)
+    assert second.state == "SUCCESS"
+
+
+def test_a_chain_goes_on_after_a_remembered_task(declare: Declare, body: Body) -> None:
+    """Each link gets the value of the one before it, run or remembered."""
+
+    def double(number: int) -> int:
+        body(number)
+        return number * 2
+
+    task = declare(double)
+    first = chain(task.s(2), task.s(), task.s()).delay().get(timeout=PATIENCE_S)
+    again = chain(task.s(2), task.s(), task.s()).delay().get(timeout=PATIENCE_S)
+
+    assert (first, again) == (16, 16)
+    assert body.calls == [2, 4, 8]
+
+
+def test_a_group_counts_its_duplicates(declare: Declare, body: Body) -> None:
+    """A group has one value per member, equal ones too, in their order."""
+
+    def double(number: int) -> int:
+        body(number)
+        return number * 2
+
+    task = declare(double)
+    values = group(task.s(n) for n in (1, 2, 1, 1, 2)).delay().get(timeout=PATIENCE_S)
+
+    assert values == [2, 4, 2, 2, 4]
+    assert sorted(body.calls) == [1, 2]
+
+
+@pytest.mark.parametrize("remembered", [False, True])
+def test_a_chord_completes_with_duplicates_inside(
+    declare: Declare, plain: Callable[..., Task], body: Body, remembered: bool
+) -> None:
+    """A chord's callback gets one value per member, also when all of them are remembered."""
+
+    def double(number: int) -> int:
+        body(number)
+        return number * 2
+
+    task, collect = declare(double), plain(lambda values: sorted(values))
+    if remembered:
+        assert [task(n) for n in (1, 2)] == [2, 4]
+    values = chord([task.s(n) for n in (1, 1, 2, 1)], collect.s()).delay().get(timeout=PATIENCE_S)
+
+    assert values == [2, 2, 2, 4]
+    assert sorted(body.calls) == [1, 2]
+
+
+def test_a_chord_may_end_in_a_remembered_task(declare: Declare, plain: Callable[..., Task], body: Body) -> None:
+    """The body of a chord may be memoized too."""
+
+    def total(values: list[int]) -> int:
+        body(values)
+        return sum(values)
+
+    echo, task = plain(lambda number: number), declare(total)
+    values = [chord([echo.s(1), echo.s(2)], task.s()).delay().get(timeout=PATIENCE_S) for _ in range(2)]
+
+    assert values == [3, 3]
+    assert len(body.calls) == 1
+
+
+def test_callbacks_fire_for_a_remembered_task(declare: Declare, plain: Callable[..., Task], body: Body) -> None:
+    """What is linked to a task runs after it, run or remembered."""
+    heard: list[int] = []
+    rang = Semaphore(0)
+
+    def hear(value: int) -> None:
+        heard.append(value)
+        rang.release()
+
+    task, listener = declare(lambda region: body(region)), plain(hear)
+    for _ in range(2):
+        task.apply_async(("north",), link=listener.s())
+        assert rang.acquire(timeout=PATIENCE_S)
+
+    assert heard == [1, 1]
+
+
+def test_a_bound_task_knows_itself_and_is_told_apart_by_its_arguments(declare: Declare, body: Body) -> None:
+    """With bind=True the body gets the task; the key is made of the other arguments."""
+
+    def report(self: Task, region: str, year: int = 2024) -> list[Any]:
+        body(region)
+        return [self.name, self.request.called_directly, region, year]
+
+    task = declare(report, bind=True)
+    by_template = declare(report, bind=True, key="{region}:{year}", name=f"{task.name}.template")
+    values = [task.delay("north").get(timeout=PATIENCE_S), task.delay(year=2024, region="north").get(PATIENCE_S)]
+
+    assert values == [[task.name, False, "north", 2024]] * 2
+    assert by_template.delay("north").get(timeout=PATIENCE_S)[0] == by_template.name
+    assert body.calls == ["north", "north"]
+
+
+def test_a_task_that_retries_is_remembered_when_it_succeeds(declare: Declare, body: Body) -> None:
+    """Retries are no results; the run that succeeds is."""
+
+    def flaky(region: str) -> str:
+        if body(region) < 3:
+            raise ConnectionResetError("not yet")
+        return f"report of {region}"
+
+    task = declare(flaky, autoretry_for=(ConnectionError,), retry_kwargs={"countdown": 0, "max_retries": 5})
+    values = [task.delay("north").get(timeout=PATIENCE_S) for _ in range(2)]
+
+    assert values == ["report of north"] * 2
+    assert len(body.calls) == 3
+
+
+def stored_and_stale(cache: Cache, key: str, value: object, until: Callable[[Callable[[], object]], None]) -> None:
+    """Keep a value that is past its fresh time, and may still be served."""
+    assert cache.set(key, value, ttl="1ms", stale=600)
+    loads: list[int] = []
+
+    def probe() -> bool:  # a refresh that spares what is fresh would load now
+        cache.refresh(key, lambda: loads.append(1) or value, ttl="1ms", stale=600, unless_fresh_for="1ms")
+        return bool(loads)
+
+    until(probe)
+
+
+def test_a_retry_is_a_retry_although_there_is_a_stale_value(
+    declare: Declare, body: Body, cache: Cache, until: Callable[[Callable[[], object]], None]
+) -> None:
+    """A retry is on its way when it is raised: serving the stale value as well would complete the task twice."""
+
+    def report(self: Task, region: str) -> str:
+        if body(region) == 1:
+            raise self.retry(countdown=0)
+        return "new"
+
+    task = declare(report, bind=True, key="{region}", ttl="1ms", stale=600)
+    stored_and_stale(cache, f"{task.name}:north", "old", until)
+
+    assert task.delay("north").get(timeout=PATIENCE_S) == "new"
+
+
+def test_a_replaced_task_is_replaced_although_there_is_a_stale_value(
+    declare: Declare,
+    plain: Callable[..., Task],
+    cache: Cache,
+    until: Callable[[Callable[[], object]], None],
+) -> None:
+    """A task that hands over to another completes once, with that one's value."""
+    other = plain(lambda: "of the replacement")
+    task = declare(
+        lambda self, region: self.replace(other.si()), name=f"{other.name}.replaced", bind=True, key="{region}",
+        ttl="1ms", stale=600,
+    )  # fmt: skip
+    stored_and_stale(cache, f"{task.name}:north", "old", until)
+    ran = Event()
+
+    def on_success(sender: Any = None, **_: Any) -> None:
+        if sender.name == other.name:
+            ran.set()
+
+    signals.task_success.connect(on_success, weak=False)
+    try:
+        first = task.delay("north").get(timeout=PATIENCE_S)
+        assert ran.wait(PATIENCE_S)
+    finally:
+        signals.task_success.disconnect(on_success)
+
+    assert first == "of the replacement"
+
+
+def test_a_stale_value_is_served_when_the_body_fails(
+    declare: Declare, cache: Cache, until: Callable[[Callable[[], object]], None]
+) -> None:
+    """Within the stale window a failure of the body is covered by the old value."""
+
+    def report(region: str) -> str:
+        raise ValueError("the report is broken")
+
+    task = declare(report, key="{region}", ttl="1ms", stale=600)
+    stored_and_stale(cache, f"{task.name}:north", "old", until)
+
+    assert task.delay("north").get(timeout=PATIENCE_S) == "old"
+
+
+def test_a_failure_is_not_remembered(declare: Declare, body: Body) -> None:
+    """A task that fails fails as any other, and the next one runs."""
+
+    def report(region: str) -> str:
+        if body(region) == 1:
+            raise ValueError("the first one fails")
+        return "good"
+
+    task = declare(report)
+    with pytest.raises(ValueError, match="the first one fails"):
+        task.delay("north").get(timeout=PATIENCE_S)
+
+    assert task.peek("north") is MISS
+    assert task.delay("north").get(timeout=PATIENCE_S) == "good"
+
+
+def test_none_is_remembered(declare: Declare, body: Body) -> None:
+    """None is a result like any other."""
+    task = declare(lambda region: body(region) and None)
+    values = [task.delay("north").get(timeout=PATIENCE_S) for _ in range(2)]
+
+    assert values == [None, None]
+    assert body.calls == ["north"]
+    assert task.peek("north") is None
+
+
+def test_a_task_whose_result_is_ignored_is_remembered(
+    declare: Declare, body: Body, ended: Callable[[str], Semaphore]
+) -> None:
+    """The memo is kept apart from Celery's results."""
+    task = declare(lambda region: body(region), ignore_result=True)
+    runs = ended(task.name)
+    for _ in range(2):
+        task.delay("north")
+        assert runs.acquire(timeout=PATIENCE_S)
+
+    assert body.calls == ["north"]
+    assert task.peek("north") == 1
+
+
+def test_values_of_different_type_are_different_calls(declare: Declare, body: Body) -> None:
+    """By default 1, "1", True, 1.0 and None are five calls."""
+    task = declare(lambda value: body(value))
+    calls = [1, "1", True, 1.0, None]
+    first = [task.delay(value).get(timeout=PATIENCE_S) for value in calls]
+    again = [task.delay(value).get(timeout=PATIENCE_S) for value in calls]
+
+    assert first == again == [1, 2, 3, 4, 5]
+
+
+def test_one_call_may_be_spelled_in_many_ways(declare: Declare, body: Body) -> None:
+    """By position or by keyword, in whatever order, with a default given or left out: one call."""
+
+    def report(region: str, year: int = 2024, *, detail: dict[str, int] | None = None, **more: int) -> int:
+        return body((region, year, detail, more))
+
+    task = declare(report)
+    same = [
+        task.s("north", 2024, detail={"a": 1, "b": 2}, x=1, y=2),
+        task.s(region="north", detail={"b": 2, "a": 1}, y=2, x=1),
+        task.s("north", y=2, detail={"a": 1, "b": 2}, year=2024, x=1),
+    ]
+    values = [signature.delay().get(timeout=PATIENCE_S) for signature in same]
+
+    assert values == [1, 1, 1]
+    assert task.delay("north", detail={"a": 1, "b": 2}, x=1, y=3).get(timeout=PATIENCE_S) == 2
+
+
+def test_arguments_that_do_not_fit_are_refused_where_they_are_sent(declare: Declare) -> None:
+    """The signature of the task is that of its function, so that a wrong call never leaves the caller."""
+    task = declare(lambda region: region)
+
+    with pytest.raises(TypeError, match="region"):
+        task.delay()
+    with pytest.raises(TypeError, match="positional"):
+        task.delay("north", "south")
+
+
+@pytest.mark.parametrize("option", [{"key": "{regoin}"}, {"tags": ["sales:{regoin}"]}, {"key": "{0}"}])
+def test_a_template_that_names_no_argument_is_refused_at_once(app: Celery, cache: Cache, option: Any) -> None:
+    """A wrong name is found when the module is imported, and the message lists the arguments."""
+    with pytest.raises(ValueError, match="no argument here; there are: region"):
+
+        @memoized_task(app=app, cache=cache, **option)
+        def report(region: str) -> str:
+            return region
+
+
+def test_a_bound_task_cannot_be_keyed_by_itself(app: Celery, cache: Cache) -> None:
+    """``self`` is no argument of the caller's."""
+    with pytest.raises(ValueError, match="there are: region"):
+
+        @memoized_task(app=app, cache=cache, bind=True, key="{self}")
+        def report(self: Task, region: str) -> str:
+            return region
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [({"ttl": 0}, ValueError), ({"ttl": "soon"}, ValueError), ({"stale": -1}, ValueError), ({"ttl": [1]}, TypeError)],
+)
+def test_a_duration_that_is_none_is_refused_at_once(
+    app: Celery, cache: Cache, option: Any, error: type[Exception]
+) -> None:
+    """A wrong duration is found when the module is imported."""
+    with pytest.raises(error, match="ttl|stale"):  # noqa: RUF043
+        memoized_task(app=app, cache=cache, **option)
+
+
+def test_an_invalidated_call_runs_again(declare: Declare, body: Body) -> None:
+    """invalidate forgets one call, and no other; peek tells what is remembered and runs nothing."""
+    task = declare(lambda region: body(region))
+    before = [task.delay(region).get(timeout=PATIENCE_S) for region in ("north", "south")]
+    task.invalidate(region="north")
+    peeked = task.peek("north"), task.peek("south")
+    after = [task.delay(region).get(timeout=PATIENCE_S) for region in ("north", "south")]
+
+    assert before == [1, 2]
+    assert peeked == (MISS, 2)
+    assert after == [3, 2]
+
+
+def test_a_run_that_was_under_way_when_it_was_invalidated_is_not_remembered(declare: Declare, body: Body) -> None:
+    """What was computed from the old state completes its task, and is not kept."""
+    begun, go = Event(), Event()
+
+    def report(region: str) -> int:
+        run = body(region)
+        begun.set()
+        go.wait(PATIENCE_S)
+        return run
+
+    task = declare(report)
+    result = task.delay("north")
+    try:
+        assert begun.wait(PATIENCE_S)
+        task.invalidate("north")
+    finally:
+        go.set()
+
+    assert result.get(timeout=PATIENCE_S) == 1
+    assert task.peek("north") is MISS
+    assert task.delay("north").get(timeout=PATIENCE_S) == 2
+
+
+def test_a_tag_forgets_every_call_that_names_it(declare: Declare, cache: Cache, body: Body) -> None:
+    """Tags are filled from the arguments."""
+    task = declare(lambda region, year: body((region, year)), tags=["sales:{region}"])
+    for call in [("north", 1), ("north", 2), ("south", 1)]:
+        task.delay(*call).get(timeout=PATIENCE_S)
+    cache.invalidate(tags=["sales:north"])
+
+    assert [task.peek(*call) for call in [("north", 1), ("north", 2), ("south", 1)]] == [MISS, MISS, 3]
+
+
+def test_a_direct_call_shares_the_memo(declare: Declare, body: Body) -> None:
+    """Calling the task as a function asks the memo too; ``run`` always runs."""
+    task = declare(lambda region: body(region))
+
+    assert task("north") == 1
+    assert task.delay("north").get(timeout=PATIENCE_S) == 1
+    assert task.apply(("north",)).get() == 1
+    assert task.run("north") == 2
+
+
+def test_without_redis_the_body_runs(declare: Declare, body: Body, own_server: Callable[..., EmbeddedServer]) -> None:
+    """The cache's server may be away: tasks run and complete as if nothing was remembered; forgetting raises."""
+    server = own_server()
+    with connect(server.url) as redis:
+        task = declare(lambda region: body(region), cache=Cache(redis, namespace="away"))
+        server.stop()
+        values = [task.delay("north").get(timeout=PATIENCE_S) for _ in range(2)]
+        peeked = task.peek("north")
+        with pytest.raises(ServerUnavailable):
+            task.invalidate("north")
+
+    assert values == [1, 2]
+    assert peeked is MISS
+
+
+def test_without_an_app_it_is_a_shared_task(
+    worker_app: Celery, worker: WorkController, cache: Cache, name: str, body: Body
+) -> None:
+    """Every app has the task, as with shared_task."""
+
+    @memoized_task(cache=cache, name=f"{name}.shared", key="{region}")
+    def report(region: str) -> int:
+        return body(region)
+
+    worker.reload()
+    values = [report.delay("north").get(timeout=PATIENCE_S) for _ in range(2)]
+
+    assert values == [1, 1]
+    assert report.peek("north") == 1
+    assert isinstance(worker_app.tasks[f"{name}.shared"], MemoizedTask)
+
+
+def test_it_builds_on_the_task_class_that_it_is_given(declare: Declare, worker_app: Celery, body: Body) -> None:
+    """A base of the application's own keeps what it adds."""
+
+    class Audited(worker_app.Task):  # type: ignore[name-defined,misc]
+        abstract = True
+        auditor = "alice"
+
+    task = declare(lambda region: body(region), base=Audited, max_retries=7)
+
+    assert isinstance(task, Audited)
+    assert (task.auditor, task.max_retries) == ("alice", 7)
+    assert [task.delay("north").get(timeout=PATIENCE_S) for _ in range(2)] == [1, 1]
+
+
+def test_tasks_do_not_share(declare: Declare, body: Body, name: str) -> None:
+    """The same call of two tasks is two results."""
+    one = declare(lambda region: body(region), name=f"{name}.one", key="{region}")
+    two = declare(lambda region: body(region), name=f"{name}.two", key="{region}")
+
+    assert (one("north"), two("north"), one("north"), two("north")) == (1, 2, 1, 2)
+
+
+def test_a_cache_is_made_on_first_use_where_none_is_given(
+    app: Celery, redis: Connections, monkeypatch: pytest.MonkeyPatch, body: Body, name: str
+) -> None:
+    """Declaring a task reads no settings; the first call takes the server from the environment."""
+    monkeypatch.setenv("REDIS_URL", "nonsense://")
+    task = memoized_task(app=app, name=f"{name}.report", key="{region}")(lambda region: body(region))
+    monkeypatch.setenv("REDIS_URL", redis.url)
+
+    assert [task("north"), task("north")] == [1, 1]
+    task.invalidate("north")
+    task.memo.cache(app).redis.close()
