@@ -52,7 +52,7 @@ class EmbeddedServer:
         folder = Path(tempfile.mkdtemp(prefix="petiole-server-"))
         log = folder / "server.log"
         for _ in range(5):  # another process may take the port between our look and the server's bind
-            port = _free_port()
+            port = free_port()
             process = GuardedProcess(
                 [
                     *(program, "--port", str(port), "--bind", "127.0.0.1", "--protected-mode", "yes"),
@@ -93,7 +93,8 @@ def find_program() -> str:
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port on loopback that nobody listens on at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -10,7 +10,9 @@ from pathlib import Path
 
 LONGEST_PATH_BYTES = 900
 
-_LINE = re.compile(r'(\S+) \S+ .*?\[([^\]]+)\] "((?:[^"\\]|\\.)*)" (\d{3}) (\d+|-)(?: |$)')
+_LINE = re.compile(
+    r'([^ \[\]"]+) [^ \[\]"]+ [^\[\]"]+ \[([^\[\]"]+)\] "((?:[^"\\]|\\.)*)" ([0-9]{3}) ([0-9]{1,15}|-)(?: |$)'
+)
 
 
 class UnreadableLog(Exception):
@@ -75,7 +77,9 @@ def parse_line(line: str) -> Request | None:
         return None
     client, stamp, request, status, size = match.groups()
     method, _, rest = request.partition(" ")
-    path = rest.rpartition(" ")[0] if " HTTP/" in rest else rest
+    path, space, protocol = rest.rpartition(" ")
+    if not (space and protocol.startswith("HTTP/")):
+        path = rest
     if not method.isalpha() or not path or len(path.encode()) > LONGEST_PATH_BYTES or len(client) > 255:
         return None
     try:

@@ -25,7 +25,7 @@ def count_log(path: Path) -> Counts:
     """Count a log by splitting its lines at their quotation marks."""
     counts = Counts()
     for line in path.read_text("utf-8", "replace").split("\n"):
-        found = _request(line)
+        found = request_of(line)
         if found:
             requested, size = found
             counts.rows += 1
@@ -62,9 +62,11 @@ def differences(expected: Counts, found: Counts) -> list[str]:
     return told
 
 
-def _request(line: str) -> tuple[str, int] | None:
-    head, bracket, rest = line.partition('] "')
-    stamp = head.rpartition("[")[2]
+def request_of(line: str) -> tuple[str, int] | None:
+    """Path and size of a line; None when it is no request."""
+    head, _, rest = line.partition('] "')
+    who, _, stamp = head.partition(" [")
+    names = who.split(" ", 2)
     request, after = "", rest
     while True:  # to the first quotation mark that no backslash protects
         piece, mark, after = after.partition('"')
@@ -72,20 +74,25 @@ def _request(line: str) -> tuple[str, int] | None:
         if not mark or not _protected(request):
             break
         request += mark
-    fields = after.split(" ")
-    words = request.split(" ")
-    if not (bracket and mark and len(fields) > 2 and len(words) > 1) or "\0" in line:
+    fields, words = after.split(" "), request.split(" ")
+    if len(names) < 3 or not all(names) or set('[]"') & set(who + stamp) or not mark or "\0" in line:
         return None
-    path = " ".join(words[1:-1]) if words[-1].startswith("HTTP/") and len(words) > 2 else " ".join(words[1:])
+    if len(fields) < 3 or fields[0] or len(words) < 2:
+        return None
     status, size = fields[1], fields[2]
+    path = " ".join(words[1:-1] if len(words) > 2 and words[-1].startswith("HTTP/") else words[1:])
+    known = len(status) == 3 and _digits(status) and (size == "-" or (_digits(size) and len(size) <= 15))
+    if not known or not words[0].isalpha() or not path or len(path.encode()) > 900 or len(names[0]) > 255:
+        return None
     try:
         datetime.strptime(stamp, "%d/%b/%Y:%H:%M:%S %z")
-        readable = len(status) == 3 and status.isdecimal() and (size == "-" or size.isdecimal()) and words[0].isalpha()
-        if not readable or not path or len(path.encode()) > 900 or len(head.split(" ")[0]) > 255:
-            return None
-        return path, 0 if size == "-" else int(size)
     except ValueError:
         return None
+    return path, 0 if size == "-" else int(size)
+
+
+def _digits(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def _protected(text: str) -> bool:

@@ -218,10 +218,11 @@ def _make_tables(base: Any, engine: Any, log: access_log.Log) -> None:
 
 
 def _settle_environment(redis: Connections, folder: Path) -> None:
-    """What every process of the site is told: where things are, and a name that no earlier run had."""
+    """What every process of the site is told: where things are, and on a Redis of others a name that nobody has."""
+    mine = os.environ.get("REDIS_URL") != redis.url and "REDIS_HOST" not in os.environ
+    os.environ["SITE_NAME"] = "site" if mine else f"site-{uuid4().hex[:8]}"
     os.environ["REDIS_URL"] = redis.url
     os.environ.setdefault("DATABASE_URL", f"sqlite:///{folder / 'site.sqlite3'}")
-    os.environ["SITE_NAME"] = f"site-{uuid4().hex[:8]}"
     os.environ.setdefault("CACHE_TIMEOUT", "0.5")  # everything shares this one machine, and is being killed
 
 

@@ -1,7 +1,6 @@
 """The processes of the demo: a worker, beat and Flower, each a real one."""
 
 import os
-import socket
 import sys
 import time
 import urllib.error
@@ -9,6 +8,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from petiole.cachelib.embedded import free_port
 from petiole.cachelib.guarded import GuardedProcess
 
 START_S = 60.0
@@ -27,7 +27,7 @@ class Services:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._flower_port = _free_port()
+        self._flower_port = free_port()
         self._processes: dict[str, GuardedProcess] = {}
         self._workers = 0
 
@@ -84,12 +84,6 @@ class Services:
             if not self._processes[name].running or time.monotonic() > deadline:
                 raise ServiceFailed(f"{name} did not come up; the end of its log:\n{self.log(name)}")
             time.sleep(0.1)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _answers(url: str) -> bool:

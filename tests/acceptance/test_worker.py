@@ -115,9 +115,7 @@ def test_equal_calls_of_a_memoized_task_run_once(celery_setup: CeleryTestSetup, 
 
 
 @ONE_DATABASE
-def test_a_message_reaches_the_receivers_of_a_worker_once(
-    celery_setup: CeleryTestSetup, shop: Shop, name: str
-) -> None:
+def test_a_message_reaches_the_receivers_of_a_worker_once(celery_setup: CeleryTestSetup, shop: Shop, name: str) -> None:
     """Not once per pool process: the main process listens."""
     eventually(lambda: shop.bridge.publish(f"{name}:hello", {}) > 0, "the worker has subscribed")
     eventually(lambda: shop.counters.read().get("messages"), "the message was heard")

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 
@@ -249,7 +250,8 @@ def test_waiting_costs_few_commands(slow_lease):
             per_round.append(calls())
             cache.delete("k")
 
-    grown = [later - earlier for earlier, later in zip(per_round, per_round[1:], strict=False)]
+    grown = [later - earlier for earlier, later in pairwise(per_round)]
+
     assert max(grown) <= 2 * threads, grown
 
 

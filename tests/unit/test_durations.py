@@ -40,7 +40,7 @@ def test_less_than_a_millisecond_counts_as_one(duration):
 )
 def test_what_is_not_more_than_zero_is_refused(duration):
     """Zero, negative and endless durations are errors that name the argument."""
-    with pytest.raises(ValueError, match="^ttl="):
+    with pytest.raises(ValueError, match=r"^ttl="):
         milliseconds(duration, "ttl")
 
 
@@ -53,7 +53,7 @@ def test_zero_is_a_duration_where_it_is_allowed(duration):
 @pytest.mark.parametrize("duration", [-1, math.nan, "-1s"])
 def test_zero_allowed_allows_nothing_less(duration):
     """A stale window is never negative."""
-    with pytest.raises(ValueError, match="^stale="):
+    with pytest.raises(ValueError, match=r"^stale="):
         milliseconds(duration, "stale", zero_allowed=True)
 
 
@@ -67,7 +67,7 @@ def test_text_that_is_no_duration_is_refused_with_an_example(duration):
 @pytest.mark.parametrize("duration", [True, False, None, [5], b"5m", {"seconds": 5}, object()])
 def test_another_type_is_a_type_error(duration):
     """A flag is no number of seconds."""
-    with pytest.raises(TypeError, match="^ttl must be"):
+    with pytest.raises(TypeError, match=r"^ttl must be"):
         milliseconds(duration, "ttl")
 
 
@@ -81,7 +81,7 @@ def test_what_is_longer_than_ten_years_is_a_mistake_in_the_unit():
 
 def test_a_number_beyond_floats_is_a_value_error_like_any_other():
     """However absurd a number is, it is refused as what it is."""
-    with pytest.raises(ValueError, match="^ttl="):
+    with pytest.raises(ValueError, match=r"^ttl="):
         milliseconds(10**400, "ttl")
 
 

@@ -1,0 +1,225 @@
+"""Connections: URLs, profiles, health, and a close that leaves nothing."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
+
+import pytest
+
+from petiole.cachelib import Connections, Settings, connect
+from petiole.cachelib.connections import Health
+from petiole.cachelib.errors import CachelibError, ServerUnavailable
+
+PASSWORD = "s3cret/pa:ss@word"
+
+
+def names_of_clients(redis):
+    return sorted(client["name"] for client in redis.coordination.client_list())
+
+
+def test_a_url_is_enough(redis_server):
+    """What it names is reached."""
+    with connect(redis_server.url) as redis:
+        assert redis.coordination.ping()
+        assert redis.address == redis_server.url
+
+
+def test_settings_name_the_server_too(redis_server, monkeypatch):
+    """Arguments, the environment, and an argument above settings."""
+    monkeypatch.setenv("REDIS_URL", redis_server.url)
+    with connect() as redis:
+        assert redis.coordination.ping()
+    with connect(settings=Settings(url="redis://elsewhere", ttl_short=7)) as redis:
+        assert redis.url == "redis://elsewhere"
+    with connect(redis_server.url, settings=Settings(url="redis://elsewhere", ttl_short=7)) as redis:
+        assert redis.coordination.ping()
+        assert redis.settings.ttl_short == 7
+
+
+@pytest.mark.parametrize("url", ["", "localhost", "localhost:6379", "http://h", "redis:/h", "REDIS", "://h"])
+def test_what_is_no_url_of_redis_is_refused_with_those_that_are(url):
+    """The message lists the schemes."""
+    with pytest.raises(ValueError, match="redis://, rediss://, unix://, embedded://"):
+        connect(url)
+
+
+@pytest.mark.parametrize("url", ["redis://h:port", "redis://h:99999", "redis://[::1"])
+def test_a_url_with_a_bad_address_is_refused(url):
+    """Before a command would fail for it."""
+    with pytest.raises(ValueError, match=r"is not a Redis URL|Invalid"):
+        connect(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:s3cret@h:port",
+        "http://user:s3cret@h",
+        "redis://:s3cret/x@h:6379",
+        "redis://:s3cret?x@h:6379",
+        "redis://:s3cret#x@h:6379",
+        "user:s3cret@h:6379",
+    ],
+)
+def test_a_bad_url_is_refused_without_its_password(url):
+    """Neither in the message nor in what is shown with it; an unquoted password is the usual reason."""
+    with pytest.raises(ValueError, match="is not a Redis URL") as caught:
+        connect(url)
+
+    shown = [str(caught.value), *(str(e) for e in (caught.value.__cause__,) if e)]
+    assert not any("s3cret" in text for text in shown)
+
+
+def test_nothing_is_sent_before_the_first_command(own_server):
+    """Connecting only makes the object."""
+    server = own_server()
+    with connect(server.url) as watch, connect(server.url) as redis:
+        watch.coordination.ping()
+        before = watch.coordination.info("stats")["total_connections_received"]
+        clients = [redis.cache, redis.coordination, redis.blocking]
+
+        assert len(clients) == 3
+        assert watch.coordination.info("stats")["total_connections_received"] == before
+        redis.cache.ping()
+        assert watch.coordination.info("stats")["total_connections_received"] == before + 1
+
+
+def test_each_profile_has_a_client_of_its_own(own_server):
+    """The same one each time, with a name that shows in CLIENT LIST."""
+    with connect(own_server().url) as redis:
+        for client in (redis.cache, redis.coordination, redis.blocking):
+            client.ping()
+
+        assert redis.cache is redis.cache
+        assert len({id(redis.cache), id(redis.coordination), id(redis.blocking)}) == 3
+        assert names_of_clients(redis) == ["petiole-blocking", "petiole-cache", "petiole-coordination"]
+        assert repr(redis) == f"<Connections {redis.address} [3 clients]>"
+
+
+def test_threads_that_ask_at_once_get_one_client(redis_server):
+    """Two clients for one profile would be two pools."""
+    with connect(redis_server.url) as redis, ThreadPoolExecutor(16) as pool:
+        barrier = threading.Barrier(16)
+
+        def ask():
+            barrier.wait(10)
+            return redis.cache
+
+        assert len({id(asked.result(10)) for asked in [pool.submit(ask) for _ in range(16)]}) == 1
+
+
+def test_a_closed_server_is_not_reached_again(own_server):
+    """Close may be called twice, ends every connection, and what is asked afterwards is told so."""
+    server = own_server()
+    redis = connect(server.url)
+    redis.cache.ping(), redis.coordination.ping()
+    redis.close()
+    redis.close()
+
+    assert "closed" in repr(redis)
+    for ask in (lambda: redis.cache, lambda: redis.coordination, lambda: redis.blocking, redis.health):
+        with pytest.raises(RuntimeError, match="was closed; connect again"):
+            ask()
+    with connect(server.url) as watch:
+        assert names_of_clients(watch) == ["petiole-coordination"]
+
+
+def test_a_unix_socket_is_reached(own_server, tmp_path):
+    """For a server on the same machine."""
+    path = tmp_path / "r.sock"
+    own_server("--unixsocket", str(path))
+    with connect(f"unix://{path}") as redis:
+        redis.coordination.set("k", "v", px=1_000)
+
+        assert redis.coordination.get("k") == b"v"
+        assert redis.health().server
+        assert redis.address == f"unix://{path}"
+
+
+def test_an_embedded_server_comes_and_goes_with_its_connections():
+    """Each is given its own."""
+    with connect("embedded://") as one, connect("embedded://") as other:
+        one.coordination.set("k", "v", px=60_000)
+        url = one.url
+
+        assert other.coordination.get("k") is None
+        assert one.url != other.url
+    with connect(url) as redis, pytest.raises(ServerUnavailable):
+        redis.health()
+
+
+def test_each_database_is_apart(redis_server):
+    """The number in the URL counts."""
+    with connect(redis_server.url) as zero, connect(redis_server.url.removesuffix("0") + "5") as five:
+        five.coordination.set("only-in-five", 1, px=10_000)
+
+        assert zero.coordination.exists("only-in-five") == 0
+
+
+# Health
+
+
+def test_health_tells_who_answers_and_how_fast(redis_server):
+    """Server, version, latency and eviction policy, and no warnings for one that keeps what it is given."""
+    with connect(redis_server.url) as redis:
+        health = redis.health()
+
+    assert health.server.startswith(("valkey ", "redis "))
+    assert health.latency_ms >= 0
+    assert health.eviction == "noeviction"
+    assert health.warnings == ()
+    assert health.address == redis_server.url
+
+
+@pytest.mark.parametrize(
+    ("policy", "warns"),
+    [("allkeys-lru", True), ("allkeys-random", True), ("volatile-ttl", False), ("noeviction", False)],
+)
+def test_health_warns_of_a_server_that_evicts_buffers(own_server, policy, warns):
+    """In a sentence that names the policy and what to do."""
+    with connect(own_server("--maxmemory-policy", policy).url) as redis:
+        health = redis.health()
+
+    assert health.eviction == policy
+    assert [policy in warning and "noeviction" in warning for warning in health.warnings] == [True] * warns
+
+
+def test_health_without_a_server_says_what_was_tried():
+    """One of our errors, with the address, the cause and the next step."""
+    message = r"health check: Redis at .*127\.0\.0\.1:1.*REDIS_URL"
+    with connect("redis://:s3cret@127.0.0.1:1/0") as redis, pytest.raises(ServerUnavailable, match=message) as caught:
+        redis.health()
+
+    assert isinstance(caught.value, CachelibError)
+    assert caught.value.doing == "health check"
+    assert "s3cret" not in f"{caught.value}{caught.value!r}{caught.value.address}"
+
+
+def test_a_password_is_used_and_never_shown(own_server):
+    """It opens the server, and stands in no repr, no error and no health report, right or wrong."""
+    server = own_server()
+    with connect(server.url) as redis:
+        redis.coordination.config_set("requirepass", PASSWORD)
+        address = server.url.removeprefix("redis://")
+        right = f"redis://:{quote(PASSWORD, safe='')}@{address}"
+        wrong = f"redis://:{quote(PASSWORD + 'x', safe='')}@{address}"
+        with connect(right) as known, connect(wrong) as unknown, connect(server.url) as silent:
+            health = known.health()
+            errors = []
+            for refused in (unknown, silent):
+                with pytest.raises(ServerUnavailable) as caught:
+                    refused.health()
+                errors.append(caught.value)
+            shown = [*map(repr, (known, unknown, known.settings, health, *errors)), *map(str, errors), health.address]
+
+    assert isinstance(health, Health)
+    for text in shown:
+        assert PASSWORD not in text
+        assert "s3cret" not in text
+
+
+def test_connections_are_made_by_settings_alone():
+    """What ``connect`` does more is checking."""
+    with Connections(Settings(url="redis://h:1/2", cache_timeout="250ms")) as redis:
+        assert redis.cache_profile.answer_s == redis.cache_profile.connect_s == 0.25
+        assert repr(redis) == "<Connections redis://h:1/2 [0 clients]>"
