@@ -33,6 +33,9 @@ check: $(STAMP) ## lint, types, import rules, architecture
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m pytest -q tests/architecture
 
+bench: $(STAMP) ## measure the round trips, as ratios to the floor
+	@$(BIN)/python -m benchmarks
+
 clean: ## remove what was made
 	rm -rf $(VENV) build dist *.egg-info
 

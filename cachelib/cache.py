@@ -53,7 +53,7 @@ MISS: Final = Miss.MISS
 _SCAN_COUNT = 500  # keys looked at per call: large enough to be quick, small enough that others get their turn
 _WAKE_TTL_MS = 10_000  # a wake-up that nobody took is worth nothing after this
 
-_NO_LEASE, _LEASE_IF_GONE, _LEASE = 0, 1, 2
+_READ_ONLY, _LEASE_IF_GONE, _LEASE, _LEASE_OR_WAIT = 0, 1, 2, 3  # what lua/entry_read.lua calls "take"
 
 
 def _read_reply(reply: list[Any]) -> tuple[bytes | None, int, int, list[bytes | None]]:
@@ -62,6 +62,7 @@ def _read_reply(reply: list[Any]) -> tuple[bytes | None, int, int, list[bytes | 
 
 
 _READ = load(__package__, "entry_read", _read_reply)
+_READ_MANY: Script[list[tuple[bytes | None, int]]] = load(__package__, "entries_read", list)
 _FILL = load(__package__, "entry_fill", bool)
 _SET = load(__package__, "entry_set", int)
 _DELETE = load(__package__, "entry_delete", int)
@@ -168,20 +169,14 @@ class Cache:
         if not names:
             return {}
         try:
-            client = self.redis.cache
-            pipeline = client.pipeline(transaction=False)
-            pipeline.mget(list(names.values()))
-            for name in names.values():
-                pipeline.pttl(name)
-            stored, *left = pipeline.execute()
+            stored = _READ_MANY(self.redis.cache, entries=list(names.values()))
             decoded = {
                 key: (*self._decoded(key, raw), left_ms)
-                for key, raw, left_ms in zip(names, stored, left, strict=True)
+                for key, (raw, left_ms) in zip(names, stored, strict=True)
                 if raw is not None
             }
             tags = sorted({tag for envelope, _, _ in decoded.values() if envelope for tag in envelope.tags})
-            raws = client.mget([self.keys.tag(tag) for tag in tags]) if tags else []
-            versions = dict(zip(tags, map(_text, raws), strict=True))  # type: ignore[arg-type]
+            versions = self._tag_versions_now(tags)
         except UNREACHABLE as error:
             self._degraded("get", error)
             self._counters.add("misses", len(names))
@@ -245,7 +240,8 @@ class Cache:
                 self._counters.add("hits")
                 return reading.value  # type: ignore[no-any-return]
             if reading.lease == 0:  # stale, or stored but invalidated: the lease was not asked for yet
-                reading = self._look(key, name, tags, ttl_ms + stale_ms, _LEASE) or reading
+                take = _LEASE if reading.freshness is Freshness.STALE else _LEASE_OR_WAIT
+                reading = self._look(key, name, tags, ttl_ms + stale_ms, take) or reading
                 if reading.freshness is Freshness.FRESH:  # somebody filled it between the two looks
                     self._counters.add("hits")
                     if reading.lease == 1:
@@ -291,16 +287,13 @@ class Cache:
         enough_ms = milliseconds(unless_fresh_for, "unless_fresh_for", zero_allowed=True)
         name = self.keys.entry(key)
         if enough_ms:
-            reading = self._look(key, name, tags, ttl_ms + stale_ms, _LEASE_IF_GONE)
-            if reading is None or reading.lease < 0:
+            reading = self._look(key, name, tags, ttl_ms + stale_ms, _READ_ONLY)
+            if reading is None:
                 return False
             fresh = reading.freshness is Freshness.FRESH
             if fresh and entries.fresh_left_ms(reading.envelope, reading.left_ms) > enough_ms:
                 return False
-        else:
-            reading = None
-        if reading is None or reading.lease == 0:
-            reading = self._look(key, name, tags, ttl_ms + stale_ms, _LEASE)
+        reading = self._look(key, name, tags, ttl_ms + stale_ms, _LEASE)
         if reading is None or reading.lease != 1:
             return False
         value, load_ms = self._load_under(key, name, loader, reading)
@@ -451,9 +444,7 @@ class Cache:
             versions: dict[str, str | None] = dict(zip(tags, map(_text, raws), strict=True))
             guards = {tag: version for tag, version in versions.items() if version is not None}
             envelope, value = self._decoded(key, stored) if stored is not None else (None, MISS)
-            if more := entries.missing_tags(tags, envelope):
-                raws = self.redis.cache.mget([self.keys.tag(tag) for tag in more])  # type: ignore[assignment]
-                versions |= dict(zip(more, map(_text, raws), strict=True))
+            versions |= self._tag_versions_now(entries.missing_tags(tags, envelope))
         except UNREACHABLE as error:
             self._degraded("get_or_set", error)
             return None
@@ -522,6 +513,13 @@ class Cache:
         except UNREACHABLE as error:
             self._degraded("fill", error)
             return False
+
+    def _tag_versions_now(self, tags: Sequence[str]) -> dict[str, str | None]:
+        """The versions of tags as they are; None where there is none."""
+        if not tags:
+            return {}
+        raws: list[bytes | None] = self.redis.cache.execute_command("MGET", *map(self.keys.tag, tags))
+        return dict(zip(tags, map(_text, raws), strict=True))
 
     def _tag_versions(self, tags: Sequence[str], stored_ms: int) -> dict[str, str]:
         """The versions of tags, made where there are none; they outlive an entry stored for ``stored_ms``."""

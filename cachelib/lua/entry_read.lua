@@ -2,26 +2,29 @@
 --
 -- KEYS: entry, lease, waiters, tags...
 -- ARGV: take, token, lease_ms, tag_ttl_ms
--- take: 0 only reads, 1 takes the lease when the entry is gone, 2 takes it whatever the entry is
+-- take: 0 only reads; 1 takes the lease when the entry is gone; 2 and 3 take it whatever the entry is;
+--       1 and 3 are for those who wait when another holds it
 -- RETURNS: {entry or false, pttl_ms, lease, {tag versions, false where missing}}
 --          lease: 1 taken, 0 not asked for, -n another holds it for n more milliseconds
 --
 -- One script, because the versions that guard a value must be read before its load begins: a tag without
 -- a version gets one here, under the lease, and an invalidation after this moment makes the load worthless.
--- Whoever finds the lease taken is counted, so that the one who fills knows how many to wake.
+-- Whoever is going to wait is counted, so that the one who fills knows how many to wake.
 
 local entry = redis.call("GET", KEYS[1])
 local left_ms = entry and redis.call("PTTL", KEYS[1]) or -2
 local take, token, lease_ms, tag_ttl_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 
 local lease = 0
-if take == "2" or (take == "1" and not entry) then
+if take == "2" or take == "3" or (take == "1" and not entry) then
     if redis.call("SET", KEYS[2], token, "NX", "PX", lease_ms) then
         lease = 1
     else
         lease = -math.max(1, redis.call("PTTL", KEYS[2]))
-        redis.call("INCR", KEYS[3])
-        redis.call("PEXPIRE", KEYS[3], lease_ms)
+        if take ~= "2" then
+            redis.call("INCR", KEYS[3])
+            redis.call("PEXPIRE", KEYS[3], lease_ms)
+        end
     end
 end
 

@@ -72,5 +72,12 @@ def test_help_lists_what_can_be_made(checkout: Path) -> None:
     """Without setting anything up."""
     done = subprocess.run(["make", "help"], cwd=checkout, capture_output=True, text=True, check=True)
 
-    assert [line.split()[0] for line in done.stdout.strip().split("\n")] == ["help", "demo", "test", "check", "clean"]
+    assert [line.split()[0] for line in done.stdout.strip().split("\n")] == [
+        "help",
+        "demo",
+        "test",
+        "check",
+        "bench",
+        "clean",
+    ]
     assert not (checkout / ".venv").exists()

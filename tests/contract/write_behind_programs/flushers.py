@@ -61,7 +61,11 @@ def main() -> None:
     while sys.stdin.buffer.raw.read(1):  # type: ignore[attr-defined]
         if os.fork() == 0:
             os.close(0)
-            flush_for_ever(redis_url, database_url, name, int(partitions), int(batch_size))
+            try:
+                flush_for_ever(redis_url, database_url, name, int(partitions), int(batch_size))
+            except BaseException as error:
+                say(f"died {error!r:.500}")
+                raise
 
 
 main()
