@@ -24,6 +24,10 @@ broker_transport_options = {
     "socket_connect_timeout": 5,  # likewise for a connection
     "socket_keepalive": True,  # a firewall that drops idle connections is noticed
     "health_check_interval": 25,  # and so is a server that was replaced
+    "max_retries": 2,  # a publish that finds no broker raises within a second; the default tries for six
+    "interval_start": 0.1,
+    "interval_step": 0.2,
+    "interval_max": 0.5,
     "client_name": "celery-broker",  # CLIENT LIST tells who is who
 }
 task_publish_retry_policy = {  # a publish that cannot be made raises within a second

@@ -76,19 +76,17 @@ class BufferFull(WriteBehindError):
         )
 
 
+class ServerFull(WriteBehindError):
+    """Redis has reached its memory limit. The row was not accepted."""
+
+    def __init__(self, address: str, buffer: str) -> None:
+        self.address = address
+        self.buffer = buffer
+        super().__init__(
+            f"buffer {buffer!r}: Redis at {address} has no memory left (maxmemory) and refused the row; "
+            "give it more, or flush faster"
+        )
+
+
 class SinkUnfit(WriteBehindError, ValueError):
     """A table cannot serve the mode that was asked of it."""
-
-
-class PartitionsChanged(WriteBehindError):
-    """A buffer was given another number of partitions while rows are still in the old ones."""
-
-    def __init__(self, buffer: str, stored: int, wanted: int, left: int) -> None:
-        self.buffer = buffer
-        self.stored = stored
-        self.wanted = wanted
-        self.left = left
-        super().__init__(
-            f"buffer {buffer!r} has {left} unflushed rows in its {stored} partitions and was declared with "
-            f"{wanted}; run workers with partitions={stored} until it is empty, then change the number"
-        )

@@ -106,3 +106,8 @@ def stream(buffer: str, partition: int, partitions: int) -> str:
 def streams(buffer: str, partitions: int) -> Sequence[str]:
     """All partitions of a buffer, in order."""
     return [stream(buffer, partition, partitions) for partition in range(partitions)]
+
+
+def partition_counts(buffer: str) -> str:
+    """With how many partitions processes put rows into a buffer: a set of numbers."""
+    return f"{LAYOUT}:partitions:{{{escaped(buffer, 'buffer')}}}"

@@ -12,12 +12,12 @@ from kombu.exceptions import OperationalError as BrokerUnavailable
 from ..cachelib.connections import UNREACHABLE, Connections
 from ..cachelib.counters import SharedCounters
 from ..cachelib.durations import Duration, milliseconds
-from ..cachelib.write_behind import Buffer, Flusher, SqlSink
-from ..cachelib.write_behind.positions import read_all
+from ..cachelib.write_behind import Buffer, Flushed, Flusher, SqlSink
 from . import wiring
 
 logger = logging.getLogger(__name__)
 
+_KICK_AGAIN_S = 10.0  # after a kick that the broker did not take; beat kicks meanwhile
 _DRAIN_S = 30.0  # how long a worker that ends may go on flushing; the rest stays in Redis, for the next worker
 
 
@@ -79,6 +79,7 @@ class WriteBehind:
         self.buffer = Buffer(redis, name, partitions=partitions, batch_size=batch_size, max_length=max_length)
         self.flusher = Flusher(self.buffer, sink)
         self._counters = SharedCounters(redis, "buffer", name)
+        self._no_kick_before = 0.0
         task_name = f"petiole.flush.{name}"
 
         def flush(partition: int | None = None) -> dict[str, int]:
@@ -117,12 +118,13 @@ class WriteBehind:
         """
         deadline = time.monotonic() + milliseconds(within, "within") / 1_000
         written = 0
-        for partition in range(self.buffer.partitions):
-            more = True
-            while more and time.monotonic() < deadline:
-                flushed = self._flush(partition, most_batches=1)
-                written += flushed.rows
-                more = flushed.more
+        for flusher in (self.flusher, *self.flusher.left_over()):
+            for partition in range(flusher.buffer.partitions):
+                more = True
+                while more and time.monotonic() < deadline:
+                    flushed = self._flush(partition, flusher, most_batches=1)
+                    written += flushed.rows
+                    more = flushed.more
         return written
 
     def stats(self) -> WriteBehindStats:
@@ -130,40 +132,48 @@ class WriteBehind:
         counts = self._counters.read()
         return WriteBehindStats(
             waiting=sum(self.buffer.lengths()),
-            rows_applied=sum(position.rows_applied for position in read_all(self.sink.engine, self.name)),
+            rows_applied=self.sink.rows_applied(self.name),
             lag_ms=counts.get("lag_ms", 0) // max(1, counts.get("flushes", 0)),
         )
 
     def _run(self, partition: int | None = None) -> dict[str, int]:
-        """The task: one partition, or, from beat, all that hold rows. Its result is what Flower shows."""
-        if partition is None:
-            waiting = [p for p, length in enumerate(self.buffer.lengths()) if length]
-            if not waiting:
-                return {"rows": 0}
-            partition, *others = waiting
-            for other in others:
-                self._kick(other)
-        flushed = self._flush(partition)
+        """The task: one partition, or, from beat, all that hold rows; also those of a number that was changed.
+
+        Its result is what Flower shows.
+        """
+        if partition is not None:
+            return self._flush_partition(partition)
+        for flusher in self.flusher.left_over():
+            for old in range(flusher.buffer.partitions):
+                self._flush(old, flusher)
+        waiting = [p for p, length in enumerate(self.buffer.lengths()) if length]
+        for other in waiting[1:]:
+            self._kick(other)
+        return self._flush_partition(waiting[0]) if waiting else {"rows": 0}
+
+    def _flush_partition(self, partition: int) -> dict[str, int]:
+        flushed = self._flush(partition, self.flusher)
         if flushed.more:
             self._kick(partition)
-        return {
-            "partition": partition,
-            "rows": flushed.rows,
-            "batches": flushed.batches,
-            "lag_ms": flushed.lag_ms,
-        }
+        return {"partition": partition, "rows": flushed.rows, "batches": flushed.batches, "lag_ms": flushed.lag_ms}
 
-    def _flush(self, partition: int, most_batches: int = 50) -> Any:
-        flushed = self.flusher.flush(partition, most_batches=most_batches)
+    def _flush(self, partition: int, flusher: Flusher, most_batches: int = 50) -> Flushed:
+        flushed = flusher.flush(partition, most_batches=most_batches)
         if flushed.rows:
             self._counters.add(flushes=1, rows=flushed.rows, lag_ms=flushed.lag_ms)
         return flushed
 
     def _kick(self, partition: int) -> None:
         """Ask a worker to flush a partition now. May fail: beat asks again."""
+        if time.monotonic() < self._no_kick_before:
+            return
         try:
-            self.task.apply_async((partition,), retry=False, expires=60)
+            # A connection of its own, because the app's pool would try for seconds to reach a broker that is away.
+            with self.task.app.connection_for_write(transport_options={"max_retries": 0}) as connection:
+                self.task.apply_async((partition,), connection=connection, retry=False, expires=60)
         except (BrokerUnavailable, *UNREACHABLE) as error:
+            # A broker that hangs holds a connect for seconds; the puts that follow are not to wait, each of them.
+            self._no_kick_before = time.monotonic() + _KICK_AGAIN_S
             logger.warning("buffer %r: nobody was told that a batch is full (%s); beat will", self.name, error)
 
     def _drain(self) -> None:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from zlib import crc32
 
+from redis.exceptions import OutOfMemoryError
+
 from .. import keys
 from ..connections import UNREACHABLE, Connections
-from ..errors import BufferFull, ServerUnavailable
+from ..errors import BufferFull, ServerFull, ServerUnavailable
 from ..scripts import load
 from .position import Entry, EntryId
 
@@ -45,6 +47,8 @@ def _entry(id_: bytes, fields: list[bytes]) -> Entry:
     return Entry(EntryId.parse(id_.decode()), named.get(b"r", b"").decode(), named.get(b"d", b""))
 
 
+_ANNOUNCED_MS = 90 * 86_400_000  # rows that are older than this are not left over from a deployment
+
 _PUT = load(__package__, "buffer_put", _put_reply)
 _READ = load(__package__, "buffer_read", _read_reply)
 _TRIM = load(__package__, "buffer_trim", int)
@@ -62,8 +66,8 @@ class Buffer:
     Arguments:
         redis: from ``connect``.
         name: of the buffer; the same in every process.
-        partitions: how many flush beside each other. The same in every process, and fixed while rows are
-            left in the buffer.
+        partitions: how many flush beside each other. The same in every process; when the number changes, what is left
+            in the old ones is flushed too, but then not in order with what comes after.
         batch_size: rows per flush; a partition that reaches a multiple of it asks to be flushed.
         max_length: rows per partition that may wait. At about 150 bytes each, the default is 150 MB.
     """
@@ -90,6 +94,8 @@ class Buffer:
         self.batch_size = batch_size
         self.max_length = max_length
         self._streams = keys.streams(name, partitions)
+        self._counts = keys.partition_counts(name)
+        self._announced = False
 
     def __repr__(self) -> str:
         return f"<Buffer {self.name!r} [{self.partitions} partitions] at {self.redis.address}>"
@@ -101,9 +107,12 @@ class Buffer:
     def put(self, partition: int, payload: bytes) -> bool:
         """Append one row, in one round trip. Returns whether a batch has just become full.
 
-        Raises ``BufferFull``, and ``ServerUnavailable`` when nobody knows whether the row is in the buffer.
+        Raises ``BufferFull``; ``ServerFull`` when Redis has no memory for the row; ``ServerUnavailable`` when nobody
+        knows whether it is in the buffer.
         """
         try:
+            if not self._announced:
+                self._announce()
             put = _PUT(
                 self.redis.coordination,
                 stream=self._streams[partition],
@@ -113,6 +122,8 @@ class Buffer:
             )
         except UNREACHABLE as error:
             raise ServerUnavailable(self.redis.address, error, doing=f"put into buffer {self.name!r}") from error
+        except OutOfMemoryError as error:
+            raise ServerFull(self.redis.address, self.name) from error
         if put.id is None:
             raise BufferFull(self.name, partition, put.length)
         return put.kick
@@ -131,13 +142,31 @@ class Buffer:
             min_id=str(last.following()),
         )
 
-    def lengths(self, partitions: int | None = None) -> list[int]:
-        """How many rows wait in each partition, in one round trip.
-
-        Arguments:
-            partitions: look at the partitions of a buffer that was declared with this many.
-        """
+    def lengths(self) -> list[int]:
+        """How many rows wait in each partition, in one round trip. Raises redis-py's errors."""
         pipeline = self.redis.coordination.pipeline(transaction=False)
-        for stream in self._streams if partitions is None else keys.streams(self.name, partitions):
+        for stream in self._streams:
             pipeline.xlen(stream)
         return [int(length) for length in pipeline.execute()]
+
+    def partition_counts(self) -> set[int]:
+        """The other numbers of partitions that any process has lately put rows into. Raises redis-py's errors."""
+        counts: set[bytes] = self.redis.coordination.execute_command("SMEMBERS", self._counts)
+        return {int(count) for count in counts if count.isdigit() and int(count) > 0} - {self.partitions}
+
+    def with_partitions(self, partitions: int) -> "Buffer":
+        """The same buffer, as it is where it has another number of partitions."""
+        return Buffer(
+            self.redis, self.name, partitions=partitions, batch_size=self.batch_size, max_length=self.max_length
+        )
+
+    def _announce(self) -> None:
+        """Once per process, before its first row: say in Redis how many partitions this buffer has here.
+
+        A worker that is given another number learns from it where else there are rows to flush.
+        """
+        pipeline = self.redis.coordination.pipeline(transaction=True)
+        pipeline.sadd(self._counts, self.partitions)
+        pipeline.pexpire(self._counts, _ANNOUNCED_MS)
+        pipeline.execute()
+        self._announced = True

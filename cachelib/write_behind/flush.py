@@ -12,7 +12,6 @@ transaction; trim. It may end at any point, be repeated at any point, and run an
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..errors import PartitionsChanged
 from .buffer import Buffer
 from .position import Position
 from .rows import RowFormat
@@ -25,13 +24,10 @@ class Sink(Protocol):
 
     format: RowFormat
 
-    def prepare(self, buffer: str) -> int | None:
-        """Make ready; the number of partitions that the buffer was flushed with before."""
+    def prepare(self) -> None:
+        """Make ready; called once per process."""
 
-    def repartition(self, buffer: str, partitions: int) -> None:
-        """Note another number of partitions, for a buffer that is empty."""
-
-    def position(self, buffer: str, partition: int) -> Position:
+    def position(self, buffer: str, partition: int, partitions: int) -> Position:
         """How far a partition has come."""
 
     def apply(
@@ -72,12 +68,13 @@ class Flusher:
     def flush(self, partition: int, *, most_batches: int = 50) -> Flushed:
         """Flush a partition until it is empty, or ``most_batches`` are done.
 
-        Raises ``PartitionsChanged``, SQLAlchemy's and redis-py's errors; whatever is raised, no row is lost, and
-        none is applied twice.
+        Raises SQLAlchemy's and redis-py's errors; whatever is raised, no row is lost, and none is applied twice.
         """
         if not 0 <= partition < self.buffer.partitions:
             raise ValueError(f"{self.buffer!r} has no partition {partition}")
-        self._prepare()
+        if not self._prepared:
+            self.sink.prepare()
+            self._prepared = True
         rows = batches = lag_ms = fenced = 0
         position: Position | None = None  # known from our own last commit, so that it is read only once
         while batches < most_batches and fenced < _MOST_FENCED:
@@ -85,7 +82,7 @@ class Flusher:
             if not batch.entries:
                 return Flushed(rows, batches, lag_ms, more=False)
             if position is None:
-                position = self.sink.position(self.buffer.name, partition)
+                position = self.sink.position(self.buffer.name, partition, self.buffer.partitions)
             entries = position.unapplied(batch.entries)
             if entries:
                 new = position.after(entries, batch.now_ms)
@@ -101,14 +98,10 @@ class Flusher:
             batches += 1
         return Flushed(rows, batches, lag_ms, more=True)
 
-    def _prepare(self) -> None:
-        """Once per process: the positions table is there, and the number of partitions is the known one."""
-        if self._prepared:
-            return
-        stored = self.sink.prepare(self.buffer.name)
-        if stored is not None and stored != self.buffer.partitions:
-            left = sum(self.buffer.lengths(stored))
-            if left:
-                raise PartitionsChanged(self.buffer.name, stored, self.buffer.partitions, left)
-            self.sink.repartition(self.buffer.name, self.buffer.partitions)
-        self._prepared = True
+    def left_over(self) -> "list[Flusher]":
+        """Flushers for the partitions of other numbers that hold rows: from before the number was changed.
+
+        Positions are kept per number, so they may flush beside this one. Raises redis-py's errors.
+        """
+        others = [self.buffer.with_partitions(count) for count in self.buffer.partition_counts()]
+        return [Flusher(buffer, self.sink) for buffer in others if any(buffer.lengths())]

@@ -1,6 +1,7 @@
 """Which rows a batch becomes. Pure."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
 from itertools import groupby
 from typing import Any
 
@@ -24,7 +25,7 @@ def summed(rows: Iterable[Row], key: Sequence[str], amounts: Sequence[str]) -> l
             total = totals[identity] = dict(zip(key, identity, strict=True)) | dict.fromkeys(amounts, 0)
         for column in amounts:
             total[column] += row.get(column, 0)
-    return [totals[identity] for identity in sorted(totals)]
+    return [totals[identity] for identity in sorted(totals, key=_sortable)]
 
 
 def alike(rows: Iterable[Row]) -> list[list[Row]]:
@@ -34,3 +35,7 @@ def alike(rows: Iterable[Row]) -> list[list[Row]]:
     [2, 1]
     """
     return [list(run) for _, run in groupby(rows, key=frozenset)]
+
+
+def _sortable(identity: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.name if isinstance(value, Enum) else value for value in identity)

@@ -1,6 +1,7 @@
 """The table that holds how far each partition has come, in the database of the sink.
 
-One row per partition: the fence between flushers. Alembic users add ``positions_table(metadata)`` to their
+One row per partition: the fence between flushers. Partition 0 of 2 is another than partition 0 of 4: their streams
+are, and so must their positions be. Alembic users add ``positions_table(metadata)`` to their
 metadata; otherwise it is created when a sink is first flushed.
 """
 
@@ -20,8 +21,8 @@ def positions_table(metadata: sa.MetaData) -> sa.Table:
         NAME,
         metadata,
         sa.Column("buffer", sa.String(255), primary_key=True),
+        sa.Column("partitions", sa.Integer, primary_key=True, autoincrement=False),
         sa.Column("partition", sa.Integer, primary_key=True, autoincrement=False),
-        sa.Column("partitions", sa.Integer, nullable=False),
         sa.Column("version", sa.BigInteger, nullable=False),
         sa.Column("marks", sa.Text, nullable=False),
         sa.Column("rows_applied", sa.BigInteger, nullable=False),
@@ -41,9 +42,9 @@ def create(engine: sa.Engine) -> None:
             raise
 
 
-def read(connection: sa.Connection, buffer: str, partition: int) -> Position:
+def read(connection: sa.Connection, buffer: str, partition: int, partitions: int) -> Position:
     """The position of a partition; ``START`` for one that was never flushed."""
-    row = connection.execute(_where(sa.select(_TABLE), buffer, partition)).one_or_none()
+    row = connection.execute(_where(sa.select(_TABLE), buffer, partition, partitions)).one_or_none()
     if row is None:
         return START
     return Position(row.version, marks_from_text(row.marks), row.rows_applied, row.lag_ms)
@@ -56,41 +57,32 @@ def move(connection: sa.Connection, buffer: str, partition: int, partitions: int
     SQLite the database is), and then finds another version than the one it decided from.
     """
     values: dict[str, Any] = {
-        "partitions": partitions,
         "version": new.version,
         "marks": marks_to_text(new.marks),
         "rows_applied": new.rows_applied,
         "lag_ms": new.lag_ms,
     }
     if old.version == START.version:
-        inserted = sa.insert(_TABLE).values(buffer=buffer, partition=partition, **values)
+        inserted = sa.insert(_TABLE).values(buffer=buffer, partition=partition, partitions=partitions, **values)
         try:
             connection.execute(inserted)
         except IntegrityError:
             return False
         return True
-    update = _where(sa.update(_TABLE), buffer, partition).where(_TABLE.c.version == old.version).values(**values)
-    return connection.execute(update).rowcount == 1
+    known = _where(sa.update(_TABLE), buffer, partition, partitions).where(_TABLE.c.version == old.version)
+    return connection.execute(known.values(**values)).rowcount == 1
 
 
-def stored_partitions(connection: sa.Connection, buffer: str) -> int | None:
-    """How many partitions the buffer was last flushed with; None when it never was."""
-    return connection.execute(sa.select(sa.func.max(_TABLE.c.partitions)).where(_TABLE.c.buffer == buffer)).scalar()
-
-
-def repartition(connection: sa.Connection, buffer: str, wanted: int) -> None:
-    """Note that the buffer, which is empty, has another number of partitions now."""
-    connection.execute(sa.update(_TABLE).where(_TABLE.c.buffer == buffer).values(partitions=wanted))
-
-
-def read_all(engine: sa.Engine, buffer: str) -> list[Position]:
-    """The positions of every partition that was ever flushed. Empty when none was."""
+def rows_applied(engine: sa.Engine, buffer: str) -> int:
+    """How many rows of a buffer have been applied; 0 when it was never flushed."""
     if not sa.inspect(engine).has_table(NAME):
-        return []
+        return 0
     with engine.connect() as connection:
-        rows = connection.execute(sa.select(_TABLE).where(_TABLE.c.buffer == buffer)).all()
-    return [Position(row.version, marks_from_text(row.marks), row.rows_applied, row.lag_ms) for row in rows]
+        total = connection.scalar(sa.select(sa.func.sum(_TABLE.c.rows_applied)).where(_TABLE.c.buffer == buffer))
+    return int(total or 0)
 
 
-def _where(statement: Any, buffer: str, partition: int) -> Any:
-    return statement.where(_TABLE.c.buffer == buffer, _TABLE.c.partition == partition)
+def _where(statement: Any, buffer: str, partition: int, partitions: int) -> Any:
+    return statement.where(
+        _TABLE.c.buffer == buffer, _TABLE.c.partitions == partitions, _TABLE.c.partition == partition
+    )

@@ -13,9 +13,11 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from ..errors import SinkUnfit
+from ..settings import without_password
 from . import merge, positions
+from .columns import is_filled_by_database, is_number, is_required
 from .position import Position
-from .rows import RowFormat, is_required
+from .rows import RowFormat
 
 Mode = Literal["append", "sum"]
 
@@ -77,25 +79,22 @@ class SqlSink:
 
     def __repr__(self) -> str:
         key = f" by {', '.join(self.key)}" if self.key else ""
-        return f"<SqlSink {self.table.name} ({self.mode}{key}) in {self.engine.url.render_as_string()}>"
+        return (
+            f"<SqlSink {self.table.name} ({self.mode}{key}) in {without_password(self.engine.url.render_as_string())}>"
+        )
 
-    def prepare(self, buffer: str) -> int | None:
-        """Create the positions table where there is none. Returns the number of partitions that the buffer
-        was flushed with before, or None when it never was."""
-        engine = self._engine()
-        positions.create(engine)
-        with engine.connect() as connection:
-            return positions.stored_partitions(connection, buffer)
+    def prepare(self) -> None:
+        """Create the positions table where there is none."""
+        positions.create(self._engine())
 
-    def repartition(self, buffer: str, partitions: int) -> None:
-        """Note another number of partitions, for a buffer that is empty."""
-        with self._engine().begin() as connection:
-            positions.repartition(connection, buffer, partitions)
-
-    def position(self, buffer: str, partition: int) -> Position:
+    def position(self, buffer: str, partition: int, partitions: int) -> Position:
         """How far a partition has come."""
         with self._engine().connect() as connection:
-            return positions.read(connection, buffer, partition)
+            return positions.read(connection, buffer, partition, partitions)
+
+    def rows_applied(self, buffer: str) -> int:
+        """How many rows of a buffer have been applied, as counted in the transactions that did it."""
+        return positions.rows_applied(self._engine(), buffer)
 
     def apply(
         self,
@@ -147,9 +146,15 @@ def _key_of(table: sa.Table, key: str | Sequence[str] | None) -> tuple[str, ...]
     for name in names:
         if name not in table.columns:
             raise SinkUnfit(f"{table.name} has no column {name!r}; it has {', '.join(table.columns.keys())}")
+    if json := next((name for name in names if isinstance(table.c[name].type, sa.JSON)), None):
+        raise SinkUnfit(f"{table.name}.{json} holds JSON, by which rows cannot be told apart")
     unique = [set(primary)]
-    unique += [{c.key for c in u.columns} for u in table.constraints if isinstance(u, sa.UniqueConstraint)]
-    unique += [{c.key for c in i.columns} for i in table.indexes if i.unique]
+    unique += [
+        {c.key for c in u.columns}
+        for u in table.constraints
+        if isinstance(u, sa.UniqueConstraint) and not u.deferrable  # ON CONFLICT cannot go by one that waits
+    ]
+    unique += [{c.key for c in i.columns} for i in table.indexes if i.unique and _covers_every_row(i)]
     unique += [{c.key} for c in table.columns if c.unique]
     if set(names) not in unique:
         raise SinkUnfit(
@@ -159,12 +164,19 @@ def _key_of(table: sa.Table, key: str | Sequence[str] | None) -> tuple[str, ...]
     return names
 
 
+def _covers_every_row(index: sa.Index) -> bool:
+    """Whether an index is one of plain columns over the whole table, which ON CONFLICT can go by."""
+    partial = any(index.dialect_options[dialect].get("where") is not None for dialect in _INSERTS)
+    return not partial and all(isinstance(expression, sa.Column) for expression in index.expressions)
+
+
 def _amounts_of(table: sa.Table, key: Sequence[str]) -> list[str]:
     amounts = []
     for column in table.columns:
-        if column.key in key or column.computed is not None or column is table.autoincrement_column:
+        numbered = column is table.autoincrement_column or column.identity is not None
+        if column.key in key or numbered or is_filled_by_database(column):
             continue
-        if isinstance(column.type, sa.Integer | sa.Numeric):
+        if is_number(column):
             amounts.append(column.key)
         elif is_required(column):
             raise SinkUnfit(

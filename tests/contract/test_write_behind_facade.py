@@ -214,3 +214,18 @@ def test_a_write_behind_says_what_it_is_and_no_password(redis: Connections, name
     assert name in shown
     assert "log (append)" in shown
     assert "hush" not in shown
+
+
+def test_changing_the_number_of_partitions_strands_no_row(
+    redis: Connections, name: str, app: Celery, sink: SqlSink
+) -> None:
+    """A release with another number flushes what the last one left behind: on its own, and when beat asks."""
+    before = WriteBehind(redis, name, sink, app=app, partitions=3)
+    for k in range(6):
+        before.put({"k": k, "n": 0})
+    after = WriteBehind(redis, name, sink, app=Celery("after", set_as_current=False), partitions=2)
+
+    after.task.run()
+
+    assert sorted(written(sink.engine)) == [(k, 0) for k in range(6)]
+    assert before.stats().waiting == 0

@@ -9,7 +9,6 @@ import sqlalchemy as sa
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from petiole.cachelib import Connections, EmbeddedServer, connect
-from petiole.cachelib.errors import PartitionsChanged
 from petiole.cachelib.write_behind import Buffer, Flusher, SqlSink
 from petiole.cachelib.write_behind.buffer import Batch
 from petiole.cachelib.write_behind.position import Position
@@ -230,8 +229,8 @@ def test_a_flusher_that_is_overtaken_between_its_own_batches_starts_over(
 def test_the_fence_refuses_an_old_version_and_applies_nothing(buffer: Buffer, sink: SqlSink) -> None:
     """``apply`` answers False when the position is not where it was decided from."""
     put(buffer, sink, 1)
-    sink.prepare(buffer.name)
-    old = sink.position(buffer.name, 0)
+    sink.prepare()
+    old = sink.position(buffer.name, 0, 1)
     new = old.after(buffer.read(0).entries, now_ms=0)
 
     assert sink.apply(buffer.name, 0, 1, old, new, [{"n": 1}])
@@ -351,41 +350,23 @@ def test_scripts_that_are_forgotten_in_the_middle_of_a_flush_change_nothing(
     assert written(engine) == list(range(7))
 
 
-def test_another_number_of_partitions_is_refused_while_rows_are_left(
+def test_rows_in_partitions_of_another_number_are_found_and_flushed(
     redis: Connections, name: str, sink: SqlSink
 ) -> None:
-    """``PartitionsChanged`` says where the rows are; once they are flushed the new number is taken."""
-    four = Buffer(redis, name, partitions=4)
-    two = Buffer(redis, name, partitions=2)
+    """Whether the old number was ever flushed or not; each number has positions of its own."""
+    four, two = Buffer(redis, name, partitions=4), Buffer(redis, name, partitions=2)
     put(four, sink, 1, partition=0)
-    old = Flusher(four, sink)
-    old.flush(0)
+    Flusher(four, sink).flush(0)
     put(four, sink, 2, 3, partition=3)
-
-    with pytest.raises(PartitionsChanged) as caught:
-        Flusher(two, sink).flush(0)
-    facts = caught.value
-    assert (facts.buffer, facts.stored, facts.wanted, facts.left) == (name, 4, 2, 2)
-    assert four.lengths() == [0, 0, 0, 2]
-
-    old.flush(3)
     put(two, sink, 4, partition=1)
     new = Flusher(two, sink)
+    (old,) = new.left_over()
+
+    assert old.buffer.lengths() == [0, 0, 0, 2]
+    assert old.flush(3).rows == 2
     assert new.flush(1).rows == 1
-    assert written(sink.engine) == [1, 2, 3, 4]
-    put(two, sink, 5, partition=0)
-    with pytest.raises(PartitionsChanged):
-        Flusher(four, sink).flush(0)
-
-
-def test_another_number_of_partitions_is_refused_before_the_first_flush_too(
-    redis: Connections, name: str, sink: SqlSink
-) -> None:
-    """Rows that no worker has met yet are rows that are left."""
-    put(Buffer(redis, name, partitions=4), sink, 1, partition=3)
-
-    with pytest.raises(PartitionsChanged):
-        Flusher(Buffer(redis, name, partitions=2), sink).flush(0)
+    assert new.left_over() == []
+    assert sorted(written(sink.engine)) == [1, 2, 3, 4]
 
 
 def test_rows_that_went_to_the_new_partitions_early_are_not_dropped(
@@ -424,13 +405,13 @@ def test_a_row_that_the_database_refuses_stops_its_partition_and_loses_nothing(
     put(buffer, sink, 1, 100, 2)
     put(buffer, sink, 3, partition=1)
     flusher = Flusher(buffer, sink)
-    sink.prepare(name)
-    before = sink.position(name, 0)
+    sink.prepare()
+    before = sink.position(name, 0, 2)
 
     for _ in range(2):
         with pytest.raises(sa.exc.IntegrityError):
             flusher.flush(0)
-    assert sink.position(name, 0) == before
+    assert sink.position(name, 0, 2) == before
     assert buffer.lengths() == [3, 1]
     assert flusher.flush(1).rows == 1
     assert written(engine) == [3]

@@ -199,7 +199,7 @@ def test_a_flusher_that_is_stopped_in_a_later_batch_is_overtaken(
 def _sleeper_is_overtaken(
     redis: Connections, engine: sa.Engine, database_url: str, name: str, flusher: Flusher
 ) -> None:
-    flusher.sink.prepare(name)
+    flusher.sink.prepare()
     with sleeper(redis.url, database_url, name) as process:
         assert _stopped(process)
         if engine.dialect.name == "postgresql":
