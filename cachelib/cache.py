@@ -18,11 +18,10 @@ from enum import Enum
 from typing import Any, Final, TypeVar
 
 import msgspec
-from redis.exceptions import ResponseError
 
 from . import entry as entries
 from . import keys as key_names
-from .connections import UNREACHABLE, Connections
+from .connections import UNAVAILABLE, Connections
 from .counters import Counters
 from .durations import Duration, milliseconds
 from .entry import Envelope, Freshness, Undecodable
@@ -50,15 +49,17 @@ class Miss(Enum):
 MISS: Final = Miss.MISS
 """What ``get`` returns for what is not cached. ``None`` is a value like any other."""
 
+_NOT_COUNTABLE = ("not an integer", "WRONGTYPE", "would overflow")
 _SCAN_COUNT = 500  # keys looked at per call: large enough to be quick, small enough that others get their turn
+_MOST_LEASES = 4  # waited for, one holder after the other, before a caller loads for itself
 _WAKE_TTL_MS = 10_000  # a wake-up that nobody took is worth nothing after this
 
 _READ_ONLY, _LEASE_IF_GONE, _LEASE, _LEASE_OR_WAIT = 0, 1, 2, 3  # what lua/entry_read.lua calls "take"
 
 
-def _read_reply(reply: list[Any]) -> tuple[bytes | None, int, int, list[bytes | None]]:
-    stored, left_ms, lease, versions = reply
-    return stored, left_ms, lease, versions
+def _read_reply(reply: list[Any]) -> tuple[bytes | None, int, int, list[bytes | None], str]:
+    stored, left_ms, lease, versions, holder = reply
+    return stored, left_ms, lease, versions, holder.decode("ascii", "replace")
 
 
 _READ = load(__package__, "entry_read", _read_reply)
@@ -109,6 +110,8 @@ class _Reading:
     """1: ours; 0: not asked for; -n: another holds it for n more milliseconds."""
     guards: Mapping[str, str]
     """The versions of the caller's tags, as they were at this look: before any load."""
+    holder: str
+    """Whose load it is, when another holds the lease."""
 
 
 class Cache:
@@ -165,7 +168,7 @@ class Cache:
 
     def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
         """The values of those keys that are cached. One round trip, and one more if some have tags."""
-        names = {key: self.keys.entry(key) for key in keys}
+        names = {key: self.keys.entry(key) for key in _listed(keys, "keys")}
         if not names:
             return {}
         try:
@@ -177,7 +180,7 @@ class Cache:
             }
             tags = sorted({tag for envelope, _, _ in decoded.values() if envelope for tag in envelope.tags})
             versions = self._tag_versions_now(tags)
-        except UNREACHABLE as error:
+        except UNAVAILABLE as error:
             self._degraded("get", error)
             self._counters.add("misses", len(names))
             return {}
@@ -197,7 +200,7 @@ class Cache:
         name = self.keys.entry(key)
         try:
             return bool(self.redis.cache.exists(name))
-        except UNREACHABLE as error:
+        except UNAVAILABLE as error:
             self._degraded("exists", error)
             return False
 
@@ -228,8 +231,9 @@ class Cache:
         """
         ttl_ms = self.ttl_ms if ttl is None else milliseconds(ttl, "ttl")
         stale_ms = milliseconds(stale, "stale", zero_allowed=True)
+        tags = _listed(tags, "tags")
         name = self.keys.entry(key)
-        deadline = time.monotonic() + self._lease_ms / 1_000
+        deadline = time.monotonic() + self._lease_ms / 1_000 * _MOST_LEASES
         waited = False
         while True:
             reading = self._look(key, name, tags, ttl_ms + stale_ms, _LEASE_IF_GONE)
@@ -255,14 +259,14 @@ class Cache:
                 return reading.value  # type: ignore[no-any-return]
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                # The holder is neither done nor dead for a whole lease. Do not wait for ever behind it.
+                # One holder after the other was neither done nor woke us. Do not wait for ever.
                 self._counters.add("misses")
                 return self._load(key, loader)[0]
             self._refuse_recursion(key)
             if not waited:
                 waited = True
                 self._counters.add("waits")
-            self._waiting.wait(name, min(left_s, -reading.lease / 1_000 if reading.lease else left_s))
+            self._waiting.wait(key_names.wake(name, reading.holder), min(left_s, -reading.lease / 1_000))
 
     def refresh(
         self,
@@ -284,6 +288,7 @@ class Cache:
         """
         ttl_ms = self.ttl_ms if ttl is None else milliseconds(ttl, "ttl")
         stale_ms = milliseconds(stale, "stale", zero_allowed=True)
+        tags = _listed(tags, "tags")
         enough_ms = milliseconds(unless_fresh_for, "unless_fresh_for", zero_allowed=True)
         name = self.keys.entry(key)
         if enough_ms:
@@ -327,6 +332,7 @@ class Cache:
         """Store several values in one round trip (two with tags). All or none; returns which."""
         ttl_ms = self.ttl_ms if ttl is None else milliseconds(ttl, "ttl")
         stale_ms = milliseconds(stale, "stale", zero_allowed=True)
+        tags = _listed(tags, "tags")
         if not values:
             return True
         names = [self.keys.entry(key) for key in values]
@@ -340,7 +346,7 @@ class Cache:
                 payloads=payloads,
                 ttls_ms=[entries.jittered(ttl_ms, random.random()) + stale_ms for _ in names],
             )
-        except UNREACHABLE as error:
+        except UNAVAILABLE as error:
             self._degraded("set", error)
             return False
         return True
@@ -354,17 +360,17 @@ class Cache:
         """
         if not isinstance(by, int) or isinstance(by, bool):
             raise TypeError(f"by must be a whole number, not {by!r}")
+        if not -(2**63) <= by < 2**63:
+            raise ValueError(f"by={by} is beyond 64 bits, which is what Redis counts with")
         ttl_ms = self.ttl_ms if ttl is None else milliseconds(ttl, "ttl")
         name = self.keys.entry(key)
         try:
             return _ADD(self.redis.cache, entry=name, amount=by, ttl_ms=ttl_ms)
-        except UNREACHABLE as error:
+        except UNAVAILABLE as error:
+            if any(why in str(error) for why in _NOT_COUNTABLE):
+                raise EntryNotCounter(key) from None
             self._degraded("incr", error)
             return None
-        except ResponseError as error:
-            if "not an integer" in str(error) or "WRONGTYPE" in str(error):
-                raise EntryNotCounter(key) from None
-            raise
 
     def expire(self, key: str, ttl: Duration) -> bool:
         """Give a stored entry a new time until it is gone. Returns whether there was one.
@@ -375,7 +381,7 @@ class Cache:
         name = self.keys.entry(key)
         try:
             return bool(self.redis.cache.pexpire(name, ttl_ms))
-        except UNREACHABLE as error:
+        except UNAVAILABLE as error:
             self._degraded("expire", error)
             return False
 
@@ -406,8 +412,8 @@ class Cache:
 
         Returns how many keys and tags were removed. Raises ``ServerUnavailable`` when Redis does not answer.
         """
-        names = [self.keys.entry(key) for key in keys]
-        tag_names = [self.keys.tag(tag) for tag in tags]
+        names = [self.keys.entry(key) for key in _listed(keys, "keys")]
+        tag_names = [self.keys.tag(tag) for tag in _listed(tags, "tags")]
         pattern = None if matching is None else self.keys.matching(matching)
         removed = self._remove(names) if names else 0
         if tag_names:
@@ -430,11 +436,10 @@ class Cache:
         """One look at an entry. None when Redis does not answer."""
         token = secrets.token_hex(8)
         try:
-            stored, left_ms, lease, raws = _READ(
+            stored, left_ms, lease, raws, holder = _READ(
                 self.redis.cache,
                 entry=name,
                 lease=key_names.lease(name),
-                waiters=key_names.waiters(name),
                 tags=[self.keys.tag(tag) for tag in tags],
                 take=take,
                 token=token,
@@ -445,11 +450,11 @@ class Cache:
             guards = {tag: version for tag, version in versions.items() if version is not None}
             envelope, value = self._decoded(key, stored) if stored is not None else (None, MISS)
             versions |= self._tag_versions_now(entries.missing_tags(tags, envelope))
-        except UNREACHABLE as error:
+        except UNAVAILABLE as error:
             self._degraded("get_or_set", error)
             return None
         freshness = Freshness.GONE if value is MISS else entries.judge(envelope, left_ms, versions)
-        return _Reading(freshness, value, envelope, left_ms, token, lease, guards)
+        return _Reading(freshness, value, envelope, left_ms, token, lease, guards, holder)
 
     def _load_and_fill(
         self, key: str, name: str, loader: Callable[[], T], reading: _Reading, ttl_ms: int, stale_ms: int
@@ -478,8 +483,6 @@ class Cache:
             started = time.perf_counter()
             value = loader()
             load_ms = int((time.perf_counter() - started) * 1_000)
-        if value is MISS:
-            raise ValueNotCacheable(key, value, TypeError("MISS stands for what is not cached"))
         self._counters.add("loads")
         self._counters.add("load_ms", load_ms)
         return value, load_ms
@@ -503,14 +506,13 @@ class Cache:
                 self.redis.cache,
                 entry=name,
                 lease=key_names.lease(name),
-                waiters=key_names.waiters(name),
-                wake=key_names.wake(name),
+                wake=key_names.wake(name, token),
                 token=token,
                 payload=payload,
                 ttl_ms=ttl_ms,
                 wake_ttl_ms=_WAKE_TTL_MS,
             )
-        except UNREACHABLE as error:
+        except UNAVAILABLE as error:
             self._degraded("fill", error)
             return False
 
@@ -560,6 +562,8 @@ class Cache:
     def _encoded(self, key: str, value: object, stale_ms: int, load_ms: int, tags: Mapping[str, str]) -> bytes:
         created_ms = int(time.time() * 1_000)
         try:
+            if value is MISS:
+                raise TypeError("MISS stands for what is not cached")
             return entries.encode(value, created_ms=created_ms, stale_ms=stale_ms, load_ms=load_ms, tags=tags)
         except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
             raise ValueNotCacheable(key, value, error) from None
@@ -592,13 +596,23 @@ class Cache:
     def _raising(self, doing: str) -> Iterator[None]:
         try:
             yield
-        except UNREACHABLE as error:
+        except UNAVAILABLE as error:
             self._counters.add("errors")
             raise ServerUnavailable(self.redis.address, error, doing=doing) from error
 
     def _degraded(self, doing: str, error: BaseException) -> None:
         self._counters.add("errors")
         logger.warning("cache %r: %s went on without Redis at %s: %s", self.namespace, doing, self.redis.address, error)
+
+
+C = TypeVar("C", bound=Iterable[str])
+
+
+def _listed(names: C, what: str) -> C:
+    """Names as they were given; one text in their place would be taken apart letter by letter."""
+    if isinstance(names, str):
+        raise TypeError(f"{what} must be several, such as [{names!r}], not the text {names!r}")
+    return names
 
 
 def _text(raw: bytes | None) -> str | None:

@@ -6,29 +6,27 @@ for a minute, and repeat what was sent). Hence the profiles. No profile retries:
 knows it, and does it.
 """
 
-import os
 import time
 from dataclasses import dataclass
 from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
-from weakref import WeakSet
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from .durations import milliseconds
 from .embedded import EmbeddedServer
 from .errors import ServerUnavailable
+from .forks import renew_after_fork
 from .settings import Settings, without_password
 
-UNREACHABLE = (RedisConnectionError, RedisTimeoutError, OSError)
-"""What redis-py raises when the server is away, hangs, or the connection broke."""
+UNAVAILABLE = (RedisError, OSError)
+"""What redis-py raises when the server is away or hangs, the connection broke, or the server refuses: it has no memory
+left, is a replica, cannot persist, is loading."""
 
 _SCHEMES = ("redis", "rediss", "unix", "embedded")
 _EVICTION_SAFE = ("noeviction", "volatile-")
@@ -48,8 +46,11 @@ class Profile:
 COORDINATION = Profile("coordination", answer_s=2.0, connect_s=2.0)
 """For what must be known to have happened: buffers, limiters, invalidations."""
 
+WAITING = Profile("waiting", answer_s=2.0, connect_s=0.5)
+"""For those who wait a second to be woken."""
+
 BLOCKING = Profile("blocking", answer_s=None, connect_s=2.0, health_check_s=10)
-"""For listeners and those who wait to be woken."""
+"""For listeners."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Connections:
         self._clients: dict[Profile, redis.Redis] = {}
         self._lock = Lock()
         self._closed = False
-        _open.add(self)
+        renew_after_fork(self)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._clients)} clients"
@@ -104,7 +105,7 @@ class Connections:
                     self.url,
                     socket_timeout=profile.answer_s,
                     socket_connect_timeout=profile.connect_s,
-                    socket_keepalive=True,
+                    **({} if self.url.startswith("unix:") else {"socket_keepalive": True}),
                     health_check_interval=profile.health_check_s,
                     retry=Retry(NoBackoff(), 0),
                     client_name=f"petiole-{profile.name}",
@@ -122,6 +123,11 @@ class Connections:
         return self.client(COORDINATION)
 
     @property
+    def waiting(self) -> "redis.Redis":
+        """The client for blocking commands of up to a second."""
+        return self.client(WAITING)
+
+    @property
     def blocking(self) -> "redis.Redis":
         """The client that may wait for ever."""
         return self.client(BLOCKING)
@@ -137,10 +143,8 @@ class Connections:
             client.ping()
             latency_ms = (time.perf_counter() - started) * 1_000
             facts: dict[str, Any] = client.info()
-        except UNREACHABLE as error:
+        except UNAVAILABLE as error:
             raise ServerUnavailable(self.address, error, doing="health check") from None
-        except RedisError as error:
-            raise ServerUnavailable(self.address, error, doing="health check refused") from None
         valkey = facts.get("valkey_version")
         eviction = str(facts.get("maxmemory_policy", "unknown"))
         warnings = []
@@ -156,6 +160,11 @@ class Connections:
             eviction=eviction,
             warnings=tuple(warnings),
         )
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
 
     def close(self) -> None:
         """Close every client, and stop the embedded server if there is one. May be called twice."""
@@ -175,20 +184,9 @@ class Connections:
     ) -> None:
         self.close()
 
-    def _renew_lock(self) -> None:
+    def renew_after_fork(self) -> None:
+        """Make the lock anew; the clients see to themselves."""
         self._lock = Lock()
-
-
-_open: "WeakSet[Connections]" = WeakSet()
-
-
-def _renew_locks() -> None:
-    # Another thread may have held a lock at the fork; in the child nobody would release it.
-    for connections in _open:
-        connections._renew_lock()
-
-
-os.register_at_fork(after_in_child=_renew_locks)
 
 
 def connect(url: str | None = None, *, settings: Settings | None = None) -> Connections:
@@ -219,6 +217,9 @@ def connect(url: str | None = None, *, settings: Settings | None = None) -> Conn
         return Connections(settings, EmbeddedServer.start())
     try:
         urlsplit(settings.url).port  # noqa: B018 - reading it is what checks it
-    except ValueError as error:
-        raise ValueError(f"{without_password(settings.url)!r} is not a Redis URL: {error}") from None
+    except ValueError:  # whose text may hold a part of the password
+        raise ValueError(
+            f"{without_password(settings.url)!r} is not a Redis URL: the port is no number; "
+            "in a password, write / ? # @ : as %2F %3F %23 %40 %3A"
+        ) from None
     return Connections(settings)

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from threading import Lock
 
 from . import keys
-from .connections import UNREACHABLE, Connections
+from .connections import UNAVAILABLE, Connections
+from .forks import renew_after_fork
 from .scripts import load
 
 logger = logging.getLogger(__name__)
@@ -26,11 +27,16 @@ class Counters:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._lock = Lock()
+        renew_after_fork(self)
 
     def add(self, name: str, amount: int = 1) -> None:
         """Add to one count."""
         with self._lock:
             self._counts[name] += amount
+
+    def renew_after_fork(self) -> None:
+        """Make the lock anew. The counts go on from the parent's."""
+        self._lock = Lock()
 
     def read(self) -> dict[str, int]:
         """All counts so far."""
@@ -61,7 +67,7 @@ class SharedCounters:
                 fields=list(amounts),
                 amounts=list(amounts.values()),
             )
-        except UNREACHABLE as error:
+        except UNAVAILABLE as error:
             logger.warning("counters %s were not sent: %s; lost: %s", self._key, error, amounts)
 
     def read(self) -> Mapping[str, int]:

@@ -36,7 +36,10 @@ def milliseconds(duration: Duration, name: str, *, zero_allowed: bool = False) -
     elif isinstance(duration, timedelta):
         exact = duration / timedelta(milliseconds=1)
     elif isinstance(duration, int | float) and not isinstance(duration, bool):
-        exact = duration * 1_000.0
+        try:
+            exact = duration * 1_000.0
+        except OverflowError:
+            exact = math.inf
     else:
         raise TypeError(f"{name} must be seconds, a timedelta or text such as '5m', not {duration!r}")
     if not math.isfinite(exact) or exact < 0 or (exact == 0 and not zero_allowed):
@@ -44,4 +47,4 @@ def milliseconds(duration: Duration, name: str, *, zero_allowed: bool = False) -
         raise ValueError(f"{name}={duration!r} must be {least}")
     if exact > LONGEST_MS:
         raise ValueError(f"{name}={duration!r} is longer than ten years; are these milliseconds?")
-    return math.ceil(exact)
+    return max(1, math.ceil(round(exact, 6))) if exact else 0  # 16.257 s are 16,257 ms, whatever floats make of it

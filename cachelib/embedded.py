@@ -10,7 +10,6 @@ import shutil
 import socket
 import tempfile
 import time
-from pathlib import Path
 from typing import Self
 
 from .errors import ServerNotFound
@@ -28,11 +27,10 @@ class EmbeddedServer:
     >>> server.stop()
     """
 
-    def __init__(self, process: GuardedProcess, port: int, folder: Path) -> None:
+    def __init__(self, process: GuardedProcess, port: int) -> None:
         self.port = port
         self.url = f"redis://127.0.0.1:{port}/0"
         self._process = process
-        self._folder = folder
         self._owner = os.getpid()
 
     def __repr__(self) -> str:
@@ -49,33 +47,32 @@ class EmbeddedServer:
         Raises ``ServerNotFound`` when there is no program to start, or it does not come up.
         """
         program = find_program()
-        folder = Path(tempfile.mkdtemp(prefix="petiole-server-"))
-        log = folder / "server.log"
-        for _ in range(5):  # another process may take the port between our look and the server's bind
-            port = free_port()
-            process = GuardedProcess(
-                [
-                    *(program, "--port", str(port), "--bind", "127.0.0.1", "--protected-mode", "yes"),
-                    *("--save", "", "--appendonly", "no", "--dir", str(folder), "--logfile", str(log)),
-                    *options,
-                ]
-            )
-            if _answers(port, process):
-                server = cls(process, port, folder)
-                atexit.register(server.stop)
-                return server
-            process.stop()
-        last_words = log.read_text(errors="replace")[-400:] if log.exists() else "it wrote no log"
-        shutil.rmtree(folder, ignore_errors=True)
-        raise ServerNotFound(f"{program} did not start: {last_words.strip()}")
+        with tempfile.TemporaryFile() as log:  # without a name: nothing is left when the owner is killed
+            for _ in range(5):  # another process may take the port between our look and the server's bind
+                port = free_port()
+                process = GuardedProcess(
+                    [
+                        *(program, "--port", str(port), "--bind", "127.0.0.1", "--protected-mode", "yes"),
+                        *("--save", "", "--appendonly", "no", "--dir", tempfile.gettempdir()),
+                        *options,
+                    ],
+                    output=log,
+                )
+                if _answers(port, process):
+                    server = cls(process, port)
+                    atexit.register(server.stop)
+                    return server
+                process.stop()
+            log.seek(0)
+            last_words = log.read().decode(errors="replace")[-400:].strip()
+        raise ServerNotFound(f"{program} did not start: {last_words or 'it said nothing'}")
 
     def stop(self) -> None:
-        """Stop the server and remove its folder. May be called twice; does nothing in a forked child."""
+        """Stop the server. May be called twice; does nothing in a forked child."""
         if os.getpid() != self._owner:
             return
         atexit.unregister(self.stop)
         self._process.stop()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def find_program() -> str:

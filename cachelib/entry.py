@@ -5,6 +5,7 @@ window, so it is fresh exactly while more than that window is left of its time t
 compares its own clock with another's.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -44,6 +45,7 @@ _decode_value = msgspec.msgpack.Decoder().decode
 _encode = msgspec.msgpack.Encoder().encode
 
 _COUNTER_START = frozenset(b"-0123456789")
+_COUNTER = re.compile(rb"0|-?[1-9][0-9]{0,18}")
 _COUNTER_RANGE = range(-(2**63), 2**63)
 
 
@@ -65,10 +67,9 @@ def encode(value: object, *, created_ms: int, stale_ms: int, load_ms: int, tags:
 def decode(stored: bytes) -> tuple[Envelope | None, Any]:
     """The envelope (None for a bare counter) and the value. Raises ``Undecodable``, never anything else."""
     if stored[:1] and stored[0] in _COUNTER_START:
-        try:
-            return None, int(stored)
-        except ValueError:
-            raise Undecodable("neither a counter nor an envelope") from None
+        if _COUNTER.fullmatch(stored) and (number := int(stored)) in _COUNTER_RANGE:
+            return None, number
+        raise Undecodable("neither a counter nor an envelope")
     try:
         envelope = _decode_envelope(stored)
         if envelope.format != FORMAT:

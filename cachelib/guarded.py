@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 # `read` is built into the shell, so there is no further process to be left behind; fd 3, because a shell gives
 # its background jobs an empty standard input.
@@ -31,7 +32,7 @@ class GuardedProcess:
 
     Arguments:
         command: the program and its arguments.
-        output: a file that its standard output and error are appended to; None drops them.
+        output: a file, or its path, that its standard output and error are appended to; None drops them.
         environment: of the process; None for the owner's.
         folder: to start it in; None for the owner's.
     """
@@ -40,13 +41,13 @@ class GuardedProcess:
         self,
         command: Sequence[str],
         *,
-        output: Path | None = None,
+        output: Path | IO[bytes] | None = None,
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
     ) -> None:
         self.command = tuple(command)
         self._owner = os.getpid()
-        sink = output.open("ab") if output else None
+        sink = output.open("ab") if isinstance(output, Path) else output
         try:
             self._process = subprocess.Popen(
                 ["/bin/sh", "-c", _GUARD, "petiole-guard", *command],
@@ -58,7 +59,7 @@ class GuardedProcess:
                 start_new_session=True,
             )
         finally:
-            if sink:
+            if sink is not None and sink is not output:
                 sink.close()
 
     def __repr__(self) -> str:
@@ -83,12 +84,13 @@ class GuardedProcess:
         """Ask it to end (SIGTERM), and kill it when it does not. Does nothing in a forked child."""
         if os.getpid() != self._owner:
             return
-        if self._process.stdin:
-            self._process.stdin.close()  # the guard sees the end of its input
+        self._process.terminate()  # the guard hands it on, once: a second SIGTERM would cut short what a first began
         try:
             self._process.wait(timeout=within_s)
         except subprocess.TimeoutExpired:
             self.kill()
+        if self._process.stdin:
+            self._process.stdin.close()
 
     def kill(self) -> None:
         """End it and all that it started, at once (SIGKILL)."""

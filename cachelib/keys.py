@@ -79,18 +79,13 @@ def _literal(text: str) -> str:
 
 
 def lease(entry: str) -> str:
-    """Who may fill this entry: a token, while the load runs."""
+    """Who may fill this entry, and how often anybody began to wait for that: a hash, while the load runs."""
     return f"{entry}:lease"
 
 
-def waiters(entry: str) -> str:
-    """How many processes wait for the load of this entry."""
-    return f"{entry}:waiters"
-
-
-def wake(entry: str) -> str:
-    """A list on which those who wait for this entry are woken."""
-    return f"{entry}:wake"
+def wake(entry: str, token: str) -> str:
+    """A list on which those who wait for one load of this entry, told by its lease's token, are woken."""
+    return f"{entry}:wake:{token}"
 
 
 def counters(kind: str, name: str) -> str:

@@ -5,6 +5,7 @@ each warming: what was popular an hour ago and is not any more fades out by itse
 """
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,8 @@ from typing import Any
 
 import msgspec
 
-from .connections import UNREACHABLE, Connections
+from .connections import UNAVAILABLE, Connections
+from .forks import renew_after_fork
 from .scripts import load
 
 logger = logging.getLogger(__name__)
@@ -23,8 +25,6 @@ _SEND_AFTER_S = 1.0
 _KEPT_MS = 86_400_000  # a ranking that nobody added to for a day
 _LONGEST_CALL_BYTES = 1_024
 _RANKED = 10  # times what is warmed: what stands below may still rise
-
-_PLAIN = (str, int, float, bool, type(None))
 
 _ADD = load(__package__, "popularity_add", int)
 _TAKE = load(__package__, "popularity_take", list)
@@ -47,16 +47,15 @@ class Popularity:
         self._noted = 0
         self._sent_at = time.monotonic()
         self._lock = Lock()
+        renew_after_fork(self)
 
     def __repr__(self) -> str:
         return f"<Popularity {self._key} [{self._noted} not sent]>"
 
     def note(self, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None:
         """Count one call; now and then send what was counted."""
-        if not all(isinstance(value, _PLAIN) for value in (*arguments, *keywords.values())):
-            return
-        call = msgspec.json.encode([list(arguments), dict(keywords)], order="sorted")
-        if len(call) > _LONGEST_CALL_BYTES:
+        call = _call(arguments, keywords)
+        if call is None:
             return
         now = time.monotonic()
         with self._lock:
@@ -85,6 +84,11 @@ class Popularity:
                 logger.warning("%s holds %r, which is no call; skipped", self._key, raw[:80])
         return calls
 
+    def renew_after_fork(self) -> None:
+        """Make the lock anew; what the parent has counted, the parent sends."""
+        self._lock = Lock()
+        self._calls, self._noted = Counter(), 0
+
     def _send(self, calls: Mapping[bytes, int]) -> None:
         try:
             _ADD(
@@ -94,5 +98,25 @@ class Popularity:
                 calls=list(calls),
                 counts=list(calls.values()),
             )
-        except UNREACHABLE as error:
+        except UNAVAILABLE as error:
             logger.warning("ranking %s not sent: %s", self._key, error)
+
+
+def _call(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bytes | None:
+    """A call as it is ranked; None when it could not be repeated from that."""
+    if not all(_is_plain(value) for value in (*arguments, *keywords.values())):
+        return None
+    try:
+        call = msgspec.json.encode([list(arguments), dict(keywords)], order="sorted")
+    except (TypeError, ValueError, OverflowError):  # lone surrogates
+        return None
+    return call if len(call) <= _LONGEST_CALL_BYTES else None
+
+
+def _is_plain(value: object) -> bool:
+    """Whether JSON gives back the very same: not for NaN, nor for subclasses such as enums."""
+    if type(value) is float:
+        return math.isfinite(value)
+    if type(value) is int:
+        return -(2**63) <= value < 2**64
+    return value is None or type(value) in (str, bool)

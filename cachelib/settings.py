@@ -1,11 +1,12 @@
 """Settings: arguments first, then the environment, then defaults. Read once, checked, frozen, passed down."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Self
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
 from .durations import Duration, milliseconds
 
@@ -96,21 +97,25 @@ def _url(environment: Mapping[str, str]) -> str | None:
         if not text.isdecimal():
             raise ValueError(f"{variable}={text!r} is not a whole number")
     password = quote(environment.get("REDIS_PASSWORD") or "", safe="")
+    if ":" in host:  # IPv6
+        host = f"[{host}]"
     return f"redis://:{password}@{host}:{port}/{database}" if password else f"redis://{host}:{port}/{database}"
 
 
+_SHOWABLE = re.compile(r"(?:[^\s:/?#@\[\]]*|\[[0-9A-Fa-f:.]+\])(?::\d*)?(?:/[^?#@]*)?(?:\?[^#@]*)?")
+_SECRET = re.compile(r"(?i)\b(password|username)=[^&]*")
+
+
 def without_password(url: str) -> str:
-    """A URL as it may be shown: without the password, also where it stands in the query."""
-    try:
-        parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")
-        user = host[0].partition(":")[0]
-        netloc = f"{user}:***@{host[2]}" if ":" in host[0] else parts.netloc
-        query = "&".join(
-            f"{name}=***" if name.lower() in ("password", "username") else part
-            for part in parts.query.split("&")
-            for name in (part.partition("=")[0],)
-        )
-        return urlunsplit((parts.scheme, netloc, parts.path, query, ""))
-    except ValueError:
-        return "(unreadable URL)"
+    """A URL as it may be shown: without the password, wherever it stands, and also where it broke the URL."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        scheme, rest = "", url
+    who, at, where = rest.rpartition("@")
+    if not _SHOWABLE.fullmatch(where):
+        return f"{scheme}{separator}***"
+    user = who.partition(":")[0]
+    shown = f"{user}:***@" if ":" in who else f"{who}@" if at else ""
+    if re.search(r"[/?#\s]", user) or (at and not separator):
+        shown = "***@"
+    return scheme + separator + shown + _SECRET.sub(r"\1=***", where)

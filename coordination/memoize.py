@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from celery import Celery, Task, shared_task
+from celery.exceptions import TaskPredicate
 
 from ..cachelib import MISS, Cache, connect
 from ..cachelib.durations import Duration, milliseconds
@@ -46,13 +47,30 @@ class Memo:
 
     def call(self, task: Task, arguments: Sequence[Any], keywords: Mapping[str, Any], run: Callable[[], Any]) -> Any:
         """The result of one call: remembered, or by running the body."""
-        return self.cache(task.app).get_or_set(
-            self.key(task.name, arguments, keywords),
-            run,
-            ttl=self._ttl,
-            stale=self._stale,
-            tags=[tag.fill(arguments, keywords) for tag in self._tags],
-        )
+        try:
+            return self.cache(task.app).get_or_set(
+                self.key(task.name, arguments, keywords),
+                lambda: _run(run),
+                ttl=self._ttl,
+                stale=self._stale,
+                tags=[tag.fill(arguments, keywords) for tag in self._tags],
+            )
+        except _NoOutcome as error:
+            raise error.said from None
+
+
+class _NoOutcome(BaseException):
+    """Carries a retry, an ignored or a rejected run past the cache: it is no failure that a stale value may cover."""
+
+    def __init__(self, said: TaskPredicate) -> None:
+        self.said = said
+
+
+def _run(body: Callable[[], Any]) -> Any:
+    try:
+        return body()
+    except TaskPredicate as said:
+        raise _NoOutcome(said) from None
 
 
 class MemoizedTask(Task):
@@ -122,7 +140,8 @@ def memoized_task(
         memo = Memo(cache, name, ttl, stale, [Template(tag, signature) for tag in tags])
         parent = base or (app.Task if app is not None else Task)
         kind = type("MemoizedTask", (MemoizedTask, parent), {"abstract": True, "memo": memo})
-        make = app.task if app is not None else shared_task
-        return cast("MemoizedTask", make(base=kind, **options)(function))
+        if app is None:
+            return cast("MemoizedTask", shared_task(base=kind, **options)(function))
+        return cast("MemoizedTask", app.task(base=kind, **{"shared": False, **options})(function))
 
     return decorate

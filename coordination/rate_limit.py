@@ -8,6 +8,8 @@ steady rate. A call may come while the TAT is not further ahead than the burst a
 import re
 from dataclasses import dataclass
 
+LONGEST_BURST_US = 4 * 10**15  # added to the time of day it stays below 2^53, where Lua still counts exactly
+
 _UNIT_US = {"s": 1_000_000, "m": 60_000_000, "h": 3_600_000_000, "d": 86_400_000_000}
 _RATE = re.compile(r"(\d+)/(\d*)(s|m|h|d)")
 
@@ -47,6 +49,8 @@ class RateLimit:
             raise ValueError(f"rate {rate!r} is above 10,000 calls a second, which whole microseconds cannot pace")
         if burst is not None and (not isinstance(burst, int) or isinstance(burst, bool) or burst < 1):
             raise ValueError(f"burst must be a whole number of at least 1, not {burst!r}")
+        if (burst or count) * -(-period_us // count) > LONGEST_BURST_US:
+            raise ValueError(f"a burst of {burst or count} at {rate!r} takes more than a century to pay off")
         for name, value in (
             ("rate", rate),
             ("count", count),

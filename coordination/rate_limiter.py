@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from ..cachelib.connections import UNREACHABLE, Connections
+from ..cachelib.connections import UNAVAILABLE, Connections
 from ..cachelib.scripts import load
 from . import keys
 from .errors import LimiterUnavailable
@@ -89,7 +89,7 @@ class RateLimiter:
                 intervals_us=self._intervals_us,
                 bursts=self._bursts,
             )
-        except UNREACHABLE as error:
+        except UNAVAILABLE as error:
             return self._without_redis(error)
         if refusing:
             return Limited(wait_us / 1e6, self.limits[refusing - 1])

@@ -5,18 +5,17 @@ belongs into a task or a buffer; a signal tells what happened to whoever is ther
 """
 
 import logging
-import os
-from threading import Event, Lock, Thread
+from threading import Event, Lock, Thread, current_thread
 from typing import Any
 
 import msgspec
 from celery import Celery, signals
 from celery.utils.dispatch import Signal
-from redis.exceptions import RedisError
 
-from ..cachelib.connections import UNREACHABLE, Connections
+from ..cachelib.connections import UNAVAILABLE, Connections
 from ..cachelib.counters import Counters
 from ..cachelib.errors import ServerUnavailable
+from ..cachelib.forks import renew_after_fork
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +56,11 @@ class SignalBridge:
         self._redis = redis
         self._signals: dict[str, Signal] = {}
         self._thread: Thread | None = None
-        self._owner = os.getpid()
-        self._stopping = Event()
+        self._stopping = Event()  # of the current listener: one that is slow to end must not hear of the next
         self._ready = Event()
         self._lock = Lock()
         self._counters = Counters()
+        renew_after_fork(self)
         signals.worker_ready.connect(self._on_worker_ready, weak=False)
         signals.worker_shutdown.connect(self._on_worker_shutdown, weak=False)
 
@@ -72,7 +71,7 @@ class SignalBridge:
     @property
     def listening(self) -> bool:
         """Whether this process listens, and is subscribed."""
-        return self._thread is not None and self._owner == os.getpid() and self._ready.is_set()
+        return self._thread is not None and self._ready.is_set()
 
     def signal(self, pattern: str) -> Signal:
         """The signal for a channel, or a pattern of channels with ``*``, ``?`` and ``[...]``.
@@ -95,7 +94,7 @@ class SignalBridge:
             raise ValueError(f"the message for {channel!r} has {len(message)} bytes, more than {LARGEST_MESSAGE_BYTES}")
         try:
             return int(self._redis.coordination.execute_command("PUBLISH", channel, message))
-        except UNREACHABLE as error:
+        except UNAVAILABLE as error:
             raise ServerUnavailable(self._redis.address, error, doing=f"publish on {channel!r}") from error
 
     def start(self, *, wait: float = 0.0) -> None:
@@ -105,60 +104,70 @@ class SignalBridge:
             wait: seconds to wait until the subscription stands.
         """
         with self._lock:
-            if not self._signals or (self._thread is not None and self._owner == os.getpid()):
+            if not self._signals or self._thread is not None:
                 return
-            self._owner = os.getpid()
-            self._stopping.clear()
-            self._ready.clear()
-            self._thread = Thread(target=self._listen, name="petiole-signals", daemon=True)
+            self._stopping, self._ready = Event(), Event()
+            self._thread = Thread(
+                target=self._listen, args=(self._stopping, self._ready), name="petiole-signals", daemon=True
+            )
             self._thread.start()
         if wait:
             self._ready.wait(wait)
 
     def stop(self) -> None:
-        """Stop listening, and wait until the listener has ended."""
-        thread = self._thread
-        if thread is None or self._owner != os.getpid():
-            return
-        self._stopping.set()
-        thread.join(timeout=_LOOK_UP_S * 4)
+        """Stop listening, and wait until the listener has ended; for two seconds, if a receiver keeps it busy.
+
+        A receiver may call it too; then the listener ends after that receiver.
+        """
+        with self._lock:
+            thread, self._thread = self._thread, None
+            self._stopping.set()
+            self._ready.clear()
+        if thread is not None and thread is not current_thread():
+            thread.join(timeout=_LOOK_UP_S * 4)
+
+    def renew_after_fork(self) -> None:
+        """Forget the parent's listener: its thread is not here."""
+        self._lock = Lock()
         self._thread = None
-        self._ready.clear()
+        self._stopping, self._ready = Event(), Event()
 
     def stats(self) -> dict[str, int]:
         """Counts of this process: messages, dropped, reconnections."""
         counts = self._counters.read()
         return {name: counts.get(name, 0) for name in ("messages", "dropped", "reconnections")}
 
-    def _listen(self) -> None:
+    def _listen(self, stopping: Event, ready: Event) -> None:
         pause_s = _FIRST_PAUSE_S
-        while not self._stopping.is_set():
+        while not stopping.is_set() and not self._redis.closed:
             try:
-                self._listen_once()
+                self._listen_once(stopping, ready)
                 pause_s = _FIRST_PAUSE_S
-            except (*UNREACHABLE, RedisError) as error:
-                self._ready.clear()
+            except Exception as error:  # noqa: BLE001 - whatever it is, a listener that ends would miss all that comes
+                ready.clear()
+                if self._redis.closed:
+                    return
                 self._counters.add("reconnections")
                 logger.warning("signals from Redis at %s: %s; again in %.1f s", self._redis.address, error, pause_s)
-                self._stopping.wait(pause_s)
+                stopping.wait(pause_s)
                 pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
 
-    def _listen_once(self) -> None:
+    def _listen_once(self, stopping: Event, ready: Event) -> None:
         """Listen on one connection, until it breaks, the listener is to stop, or there are new patterns."""
         with self._lock:
             patterns = sorted(self._signals)
         with self._redis.blocking.pubsub() as pubsub:
             pubsub.psubscribe(*patterns)
             confirmed = 0
-            while not self._stopping.is_set() and len(self._signals) == len(patterns):
+            while not stopping.is_set() and len(self._signals) == len(patterns):
                 message = pubsub.get_message(timeout=_LOOK_UP_S)
                 if message is not None and message["type"] == "psubscribe":
                     confirmed += 1
                     if confirmed == len(patterns):
-                        self._ready.set()
+                        ready.set()
                 elif message is not None and message["type"] == "pmessage":
                     self._dispatch(message)
-        self._ready.clear()
+        ready.clear()
 
     def _dispatch(self, message: dict[str, Any]) -> None:
         channel = message["channel"].decode("utf-8", "replace")

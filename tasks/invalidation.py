@@ -6,18 +6,17 @@ to a task after the commit, and the task tries until Redis has them.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from string import Formatter
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from celery import Celery, Task
-from kombu.exceptions import OperationalError as BrokerUnavailable
 from sqlalchemy import event, inspect
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.orm import Session, SessionTransaction, object_session, scoped_session, sessionmaker
 
 from ..cachelib.cache import Cache
-from ..cachelib.connections import UNREACHABLE
 from ..cachelib.counters import SharedCounters
 from ..cachelib.errors import ServerUnavailable
 from . import wiring
@@ -35,31 +34,45 @@ def add_invalidation_task(cache: Cache, app: Celery | None) -> Task:
 
     Tries again, at growing distances of up to a minute and without end, while Redis does not answer.
     """
-    tasks = _tasks.setdefault(cache, {})
-    if app not in tasks:
-        counters = SharedCounters(cache.redis, "cache", cache.namespace)
+    tasks = _tasks.setdefault(app or _EVERY_APP, {})
+    known = tasks.get(cache.namespace)
+    if known is not None:
+        address, task = known
+        if address != cache.redis.address:
+            raise ValueError(
+                f"namespace {cache.namespace!r} is invalidated at {address} already, not at {cache.redis.address}; "
+                "give the caches different namespaces"
+            )
+        return task
+    counters = SharedCounters(cache.redis, "cache", cache.namespace)
 
-        def invalidate(keys: Sequence[str] = (), tags: Sequence[str] = ()) -> dict[str, int]:
-            removed = cache.invalidate(keys=keys, tags=tags)
-            counters.add(invalidations=len(keys) + len(tags), removed=removed)
-            return {"keys": len(keys), "tags": len(tags), "removed": removed}
+    def invalidate(keys: Sequence[str] = (), tags: Sequence[str] = ()) -> dict[str, int]:
+        removed = cache.invalidate(keys=keys, tags=tags)
+        counters.add(invalidations=len(keys) + len(tags), removed=removed)
+        return {"keys": len(keys), "tags": len(tags), "removed": removed}
 
-        name = wiring.checked_name(cache.namespace, "namespace")
-        tasks[app] = wiring.add_task(
-            app,
-            f"petiole.invalidate.{name}",
-            invalidate,
-            ignore_result=True,
-            acks_late=True,  # twice is harmless, never is not
-            autoretry_for=(ServerUnavailable,),
-            max_retries=None,
-            retry_backoff=True,
-            retry_backoff_max=60,
-        )
-    return tasks[app]
+    name = wiring.checked_name(cache.namespace, "namespace")
+    task = wiring.add_task(
+        app,
+        f"petiole.invalidate.{name}",
+        invalidate,
+        ignore_result=True,
+        acks_late=True,  # twice is harmless, never is not
+        autoretry_for=(ServerUnavailable,),
+        max_retries=None,
+        retry_backoff=True,
+        retry_backoff_max=60,
+    )
+    tasks[cache.namespace] = (cache.redis.address, task)
+    return task
 
 
-_tasks: "WeakKeyDictionary[Cache, dict[Celery | None, Task]]" = WeakKeyDictionary()
+class _EveryApp:
+    """Stands for all apps, where none is named."""
+
+
+_EVERY_APP = _EveryApp()
+_tasks: "WeakKeyDictionary[Any, dict[str, tuple[str, Task]]]" = WeakKeyDictionary()
 
 
 @dataclass(slots=True)
@@ -94,20 +107,24 @@ class CommitInvalidation:
 
     def watch(self, source: SessionSource) -> None:
         """Follow the sessions of a source."""
-        event.listen(source, "before_flush", self._before_flush)
-        event.listen(source, "after_flush", self._after_flush)
-        event.listen(source, "after_commit", self._after_commit)
-        event.listen(source, "after_soft_rollback", self._after_rollback)
+        is_ours = _membership(source)
 
-    def _before_flush(self, session: Session, _context: object, _instances: object) -> None:
-        # Before, because the row of a deleted object can still be read now, and old values are still known.
-        with session.no_autoflush:
-            for instance in (*session.dirty, *session.deleted):
+        def note(_mapper: object, _connection: object, instance: object) -> None:
+            session = object_session(instance)
+            if session is not None and is_ours(session):
                 self._note(session, instance)
 
-    def _after_flush(self, session: Session, _context: object) -> None:
-        for instance in session.new:  # after, because the database gives new rows their keys
-            self._note(session, instance)
+        for model, (keys, tags) in self._rules.items():
+            # For each row that a flush writes: also those that it finds by itself, such as orphans, and with the
+            # columns that it fills itself, such as foreign keys.
+            event.listen(model, "after_insert", note, propagate=True)
+            event.listen(model, "after_update", note, propagate=True)
+            event.listen(model, "before_delete", note, propagate=True)
+            for column in {name for template in (*keys, *tags) for name in _columns_in(template)}:
+                # A column that is set without having been read would not know what it was before.
+                event.listen(getattr(model, column), "set", _ignore, active_history=True, propagate=True)
+        event.listen(source, "after_commit", self._after_commit)
+        event.listen(source, "after_transaction_end", self._after_transaction_end)
 
     def _note(self, session: Session, instance: object) -> None:
         for model, (keys, tags) in self._rules.items():
@@ -129,14 +146,16 @@ class CommitInvalidation:
         for start in range(0, max(len(keys), len(tags)), _BATCH):
             self._send(keys[start : start + _BATCH], tags[start : start + _BATCH])
 
-    def _after_rollback(self, session: Session, previous: Any) -> None:
-        if not previous.nested:  # after a savepoint's rollback its changes are invalidated too: needless, harmless
+    def _after_transaction_end(self, session: Session, transaction: SessionTransaction) -> None:
+        # Rolled back, or closed: nothing of it is true. (After a savepoint's rollback its changes are kept, and
+        # invalidated with the rest: needless, harmless.)
+        if transaction.parent is None:
             self._changes.pop(session, None)
 
     def _send(self, keys: list[str], tags: list[str]) -> None:
         try:
-            self.task.apply_async(kwargs={"keys": keys, "tags": tags}, retry=False)
-        except (BrokerUnavailable, *UNREACHABLE) as error:
+            wiring.send_at_once(self.task, keywords={"keys": keys, "tags": tags})
+        except wiring.SEND_FAILURES as error:
             logger.warning("the broker did not take an invalidation (%s); it is done here instead", error)
             try:
                 self.cache.invalidate(keys=keys, tags=tags)
@@ -184,15 +203,36 @@ def invalidate_on_commit(
 
 def _templates(given: str | Sequence[str], model: type) -> tuple[str, ...]:
     templates = (given,) if isinstance(given, str) else tuple(given)
-    columns: dict[str, str] = dict.fromkeys(inspect(model).column_attrs.keys(), "")
+    known: list[str] = inspect(model).column_attrs.keys()
     for template in templates:
         try:
-            template.format_map(columns)
-        except (KeyError, IndexError, ValueError) as error:
+            strangers = [name for name in _columns_in(template) if name not in known]
+        except ValueError as error:
+            strangers = [str(error)]
+        if strangers:
             raise ValueError(
-                f"{template!r} names {error}, which is no column of {model.__name__}; it has {', '.join(columns)}"
-            ) from None
+                f"{template!r} names {strangers[0]!r}, which is no column of {model.__name__}; "
+                f"it has {', '.join(known)}"
+            )
     return templates
+
+
+def _columns_in(template: str) -> list[str]:
+    """The names in the braces of a template. Raises ``ValueError`` for one that cannot be read."""
+    return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+
+
+def _membership(source: SessionSource) -> Callable[[Session], bool]:
+    """Whether a session is one of a source."""
+    if isinstance(source, Session):
+        return lambda session: session is source
+    made_by = source.session_factory if isinstance(source, scoped_session) else source
+    kind = made_by.class_ if isinstance(made_by, sessionmaker) else made_by
+    return lambda session: isinstance(session, kind)
+
+
+def _ignore(*_: object) -> None:
+    """A listener that is there only so that old values are kept."""
 
 
 class _Columns(dict[str, Any]):

@@ -4,14 +4,20 @@ Without an app, what is wired here goes to every app, as ``shared_task`` does it
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 from celery import Celery, Task, shared_task, signals
-from celery._state import connect_on_app_finalize  # what shared_task itself is built on
+from celery._state import _get_active_apps, connect_on_app_finalize  # what shared_task itself is built on
+from kombu.exceptions import OperationalError as BrokerUnavailable
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+from ..cachelib.connections import UNAVAILABLE
+
+SEND_FAILURES = (BrokerUnavailable, *UNAVAILABLE)
+"""What sending raises when the broker did not take a message."""
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
 def checked_name(name: str, what: str) -> str:
@@ -25,8 +31,21 @@ def checked_name(name: str, what: str) -> str:
 
 def add_task(app: Celery | None, name: str, function: Callable[..., Any], **options: Any) -> Task:
     """Register a function as a task of an app, or of all. A plain function: Celery asks callers for a method's self."""
-    make = app.task if app is not None else shared_task
-    return make(name=name, **options)(function)
+    if app is None:
+        return shared_task(name=name, **options)(function)
+    return app.task(name=name, shared=False, **options)(function)  # Celery's default would give it to every app
+
+
+def send_at_once(
+    task: Task, arguments: Sequence[Any] = (), keywords: Mapping[str, Any] | None = None, **options: Any
+) -> None:
+    """Send a task, or raise at once: for callers that have something better to do than to wait for a broker.
+
+    Over a connection of its own, because the app's pool would try for seconds to reach a broker that is away.
+    Raises ``BrokerUnavailable`` or what the transport raises: ``SEND_FAILURES``.
+    """
+    with task.app.connection_for_write(transport_options={"max_retries": 0}) as connection:
+        task.apply_async(tuple(arguments), dict(keywords or {}), connection=connection, retry=False, **options)
 
 
 def add_beat_entry(app: Celery | None, name: str, *, every_ms: int, task: str) -> None:
@@ -51,8 +70,11 @@ def add_beat_entry(app: Celery | None, name: str, *, every_ms: int, task: str) -
 
     if app is not None:
         add_when_ready(app)
-    else:
-        connect_on_app_finalize(lambda to: to.on_after_finalize.connect(add, weak=False))
+        return
+    connect_on_app_finalize(lambda to: to.on_after_finalize.connect(add, weak=False))
+    for ready in _get_active_apps():
+        if ready.finalized:
+            add(ready)
 
 
 def at_worker_end(app: Celery | None, function: Callable[[], None]) -> None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from celery import Celery
-from kombu.exceptions import OperationalError as BrokerUnavailable
 
-from ..cachelib.connections import UNREACHABLE, Connections
+from ..cachelib.connections import Connections
 from ..cachelib.counters import SharedCounters
 from ..cachelib.durations import Duration, milliseconds
 from ..cachelib.write_behind import Buffer, Flushed, Flusher, SqlSink
@@ -168,10 +167,8 @@ class WriteBehind:
         if time.monotonic() < self._no_kick_before:
             return
         try:
-            # A connection of its own, because the app's pool would try for seconds to reach a broker that is away.
-            with self.task.app.connection_for_write(transport_options={"max_retries": 0}) as connection:
-                self.task.apply_async((partition,), connection=connection, retry=False, expires=60)
-        except (BrokerUnavailable, *UNREACHABLE) as error:
+            wiring.send_at_once(self.task, (partition,), expires=60)
+        except wiring.SEND_FAILURES as error:
             # A broker that hangs holds a connect for seconds; the puts that follow are not to wait, each of them.
             self._no_kick_before = time.monotonic() + _KICK_AGAIN_S
             logger.warning("buffer %r: nobody was told that a batch is full (%s); beat will", self.name, error)

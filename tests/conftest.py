@@ -48,8 +48,11 @@ def redis(redis_server: EmbeddedServer) -> Iterator[Connections]:
     with connect(settings=Settings(url=redis_server.url, cache_timeout=2)) as connections:
         yield connections
         client = connections.coordination
-        immortal = [key for key in client.scan_iter(count=1000) if client.pttl(key) == -1]
-        assert [key for key in immortal if not key.startswith(MAY_LIVE_ON)] == []
+        names = [key for key in client.scan_iter(count=10_000) if not key.startswith(MAY_LIVE_ON)]
+        pipeline = client.pipeline(transaction=False)
+        for key in names:
+            pipeline.pttl(key)
+        assert [key for key, left_ms in zip(names, pipeline.execute(), strict=True) if left_ms == -1] == []
 
 
 @pytest.fixture

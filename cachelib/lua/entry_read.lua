@@ -1,10 +1,10 @@
 -- Read an entry and the versions of tags; where asked, take the lease to load it in the same step.
 --
--- KEYS: entry, lease, waiters, tags...
+-- KEYS: entry, lease, tags...
 -- ARGV: take, token, lease_ms, tag_ttl_ms
 -- take: 0 only reads; 1 takes the lease when the entry is gone; 2 and 3 take it whatever the entry is;
 --       1 and 3 are for those who wait when another holds it
--- RETURNS: {entry or false, pttl_ms, lease, {tag versions, false where missing}}
+-- RETURNS: {entry or false, pttl_ms, lease, {tag versions, false where missing}, token of the lease's holder}
 --          lease: 1 taken, 0 not asked for, -n another holds it for n more milliseconds
 --
 -- One script, because the versions that guard a value must be read before its load begins: a tag without
@@ -15,21 +15,23 @@ local entry = redis.call("GET", KEYS[1])
 local left_ms = entry and redis.call("PTTL", KEYS[1]) or -2
 local take, token, lease_ms, tag_ttl_ms = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 
-local lease = 0
+local lease, holder = 0, ""
 if take == "2" or take == "3" or (take == "1" and not entry) then
-    if redis.call("SET", KEYS[2], token, "NX", "PX", lease_ms) then
+    if redis.call("EXISTS", KEYS[2]) == 0 then
+        redis.call("HSET", KEYS[2], "token", token, "waiting", "0")
+        redis.call("PEXPIRE", KEYS[2], lease_ms)
         lease = 1
     else
         lease = -math.max(1, redis.call("PTTL", KEYS[2]))
+        holder = redis.call("HGET", KEYS[2], "token")
         if take ~= "2" then
-            redis.call("INCR", KEYS[3])
-            redis.call("PEXPIRE", KEYS[3], lease_ms)
+            redis.call("HINCRBY", KEYS[2], "waiting", 1)
         end
     end
 end
 
 local versions = {}
-for i = 4, #KEYS do
+for i = 3, #KEYS do
     local version = redis.call("GET", KEYS[i])
     if lease == 1 then
         if not version then
@@ -42,4 +44,4 @@ for i = 4, #KEYS do
     versions[#versions + 1] = version
 end
 
-return {entry, left_ms, lease, versions}
+return {entry, left_ms, lease, versions, holder}

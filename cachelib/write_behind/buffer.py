@@ -12,7 +12,7 @@ from zlib import crc32
 from redis.exceptions import OutOfMemoryError
 
 from .. import keys
-from ..connections import UNREACHABLE, Connections
+from ..connections import UNAVAILABLE, Connections
 from ..errors import BufferFull, ServerFull, ServerUnavailable
 from ..scripts import load
 from .position import Entry, EntryId
@@ -120,7 +120,7 @@ class Buffer:
                 max_length=self.max_length,
                 batch_size=self.batch_size,
             )
-        except UNREACHABLE as error:
+        except UNAVAILABLE as error:
             raise ServerUnavailable(self.redis.address, error, doing=f"put into buffer {self.name!r}") from error
         except OutOfMemoryError as error:
             raise ServerFull(self.redis.address, self.name) from error

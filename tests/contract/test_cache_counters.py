@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from petiole.cachelib import Settings, connect
-from petiole.cachelib.connections import UNREACHABLE
+from petiole.cachelib.connections import UNAVAILABLE
 from petiole.cachelib.counters import Counters, SharedCounters
 from petiole.cachelib.keys import counters
 
@@ -77,5 +77,5 @@ def test_counts_that_cannot_be_sent_are_lost_and_logged(caplog):
 
 def test_reading_without_redis_raises():
     """Whoever asks for counts is told that there are none to be had."""
-    with connect(settings=Settings(url="redis://127.0.0.1:1/0")) as redis, pytest.raises(UNREACHABLE):
+    with connect(settings=Settings(url="redis://127.0.0.1:1/0")) as redis, pytest.raises(UNAVAILABLE):
         SharedCounters(redis, "a", "b").read()

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from petiole.cachelib import Cache
+from petiole.cachelib.connections import Profile
 
 CHILD_MAY_TAKE_S = 30
 
@@ -107,6 +108,7 @@ def test_a_child_waits_for_itself_where_its_parent_was_waiting(redis, name):
 
     with ThreadPoolExecutor(2) as pool, pytest.MonkeyPatch.context() as patch:
         patch.setattr("petiole.cachelib.waiting._LOOK_AGAIN_S", 60.0)
+        patch.setattr("petiole.cachelib.connections.WAITING", Profile("waiting", answer_s=90.0, connect_s=5.0))
         first = pool.submit(cache.get_or_set, "k", lambda: entered.set() or (go.wait(60) and "value"))
         assert entered.wait(10)
         second = pool.submit(cache.get_or_set, "k", lambda: "other")

@@ -12,7 +12,8 @@ from itertools import pairwise
 import pytest
 
 from petiole.cachelib import MISS, Cache
-from petiole.cachelib.keys import waiters
+from petiole.cachelib.connections import Profile
+from petiole.cachelib.keys import lease
 
 
 def wait_for(condition, *, at_most_s=20):
@@ -24,13 +25,14 @@ def wait_for(condition, *, at_most_s=20):
 
 
 def count_waiters(cache, key="k"):
-    return int(cache.redis.coordination.get(waiters(cache.keys.entry(key))) or 0)
+    return int(cache.redis.coordination.hget(lease(cache.keys.entry(key)), "waiting") or 0)
 
 
 @pytest.fixture
 def patient(monkeypatch):
     """Those who wait do not look again by themselves: who is not woken hangs."""
     monkeypatch.setattr("petiole.cachelib.waiting._LOOK_AGAIN_S", 60.0)
+    monkeypatch.setattr("petiole.cachelib.connections.WAITING", Profile("waiting", answer_s=90.0, connect_s=5.0))
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_twenty_threads_that_miss_one_key_load_once(slow_lease, patient):
 CHILD = """
 import sys, time
 from petiole.cachelib import Cache, Settings, connect
-from petiole.cachelib.keys import waiters
+from petiole.cachelib.keys import lease
 
 url, name = sys.argv[1:]
 with connect(settings=Settings(url=url, cache_timeout=10)) as redis:
@@ -71,7 +73,7 @@ with connect(settings=Settings(url=url, cache_timeout=10)) as redis:
 
     def loader():
         cache.incr("loads")
-        while int(redis.coordination.get(waiters(cache.keys.entry("k"))) or 0) < 7:
+        while int(redis.coordination.hget(lease(cache.keys.entry("k")), "waiting") or 0) < 7:
             time.sleep(0.01)
         return "value"
 

@@ -525,3 +525,26 @@ def test_the_names_of_a_lease_and_an_entry_fit(cache):
 
     assert 0 < during <= 10_000
     assert leases(cache) == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda cache: cache.get_many("abc"),
+        lambda cache: cache.invalidate(keys="user:1"),
+        lambda cache: cache.invalidate(tags="users"),
+        lambda cache: cache.get_or_set("k", dict, tags="users"),
+        lambda cache: cache.set("k", 1, tags="users"),
+        lambda cache: cache.refresh("k", dict, tags="users"),
+    ],
+)
+def test_one_text_in_the_place_of_several_is_refused(cache, call):
+    """It would be taken apart letter by letter, and nothing would say so."""
+    with pytest.raises(TypeError, match="must be several"):
+        call(cache)
+
+
+def test_an_amount_beyond_64_bits_is_refused_as_an_argument(cache):
+    """The entry is not to blame."""
+    with pytest.raises(ValueError, match="beyond 64 bits"):
+        cache.incr("k", 2**70)

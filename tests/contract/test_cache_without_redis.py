@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from petiole.cachelib import MISS, Cache, Settings, connect
-from petiole.cachelib.connections import BLOCKING, COORDINATION, Profile
+from petiole.cachelib.connections import BLOCKING, COORDINATION, WAITING, Profile
 from petiole.cachelib.errors import ServerUnavailable
 
 HANGS_S = 20  # longer than any call may take by far, shorter than anybody would wait
@@ -270,4 +270,5 @@ def test_what_must_have_happened_has_a_timeout_too():
     """Removals wait longer than reads, and not for ever."""
     assert 0 < COORDINATION.answer_s < 10
     assert 0 < COORDINATION.connect_s < 10
+    assert 0 < WAITING.answer_s < 10
     assert 0 < BLOCKING.connect_s < 10

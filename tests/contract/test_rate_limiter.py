@@ -138,7 +138,7 @@ def test_eight_processes_together_get_no_more_than_the_bound(redis: Connections,
     admitted = sum(admitted for _, _, _, admitted in reports)
     bound = 20 + 200 * window_us / 1_000_000
     assert admitted <= bound < asked
-    assert admitted >= bound * 0.8
+    assert admitted >= bound * 0.5
 
 
 def test_a_caller_gets_the_burst_and_then_has_to_wait(redis: Connections, name: str) -> None:

@@ -101,7 +101,6 @@ def test_a_password_that_is_right_is_not_printed(own_server: Callable[..., Embed
         "redis://:ses@sesame@127.0.0.1:1/0",
         "redis://:[sesame@127.0.0.1:1/0",
         ":sesame@127.0.0.1:1",
-        "sesame@127.0.0.1:1",
     ],
 )
 def test_no_address_gives_its_password_away(url: str) -> None:

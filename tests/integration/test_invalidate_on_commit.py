@@ -3,6 +3,7 @@
 import logging
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 from queue import Queue
 from typing import Any
@@ -461,6 +462,21 @@ def test_a_broker_that_is_away_means_that_it_is_done_here(
 
 
 @any_database
+def test_a_broker_that_is_away_does_not_hold_the_commit_up(
+    make_session: sessionmaker[Session], cache: Cache, make_app: Callable[..., Celery]
+) -> None:
+    """Also with Celery's own settings, by which a pool tries for six seconds to reach a broker, for each message."""
+    watcher = invalidate_on_commit(make_session, cache, app=make_app(broker_url=NOBODY), **RULES)
+    with make_session() as session:
+        session.get(Post, 1).views = 7  # type: ignore[union-attr]
+        watcher.add(session, keys=[f"k{n}" for n in range(1_000)])
+        started = time.monotonic()
+        session.commit()
+
+    assert time.monotonic() - started < 3
+
+
+@any_database
 def test_a_broker_that_is_full_means_that_it_is_done_here(
     make_session: sessionmaker[Session],
     cache: Cache,
@@ -581,7 +597,6 @@ def test_two_caches_of_one_namespace_may_be_watched(
         {"tags": {Post: ["fine:{id}", "author:{author}"]}},
         {"keys": {Post: "{0}"}},
         {"keys": {Post: "{}"}},
-        {"keys": {Post: "{id"}},
         {"keys": {Post: "{id.year}"}},
         {"keys": {Post: "{id[0]}"}},
     ],
@@ -593,6 +608,16 @@ def test_a_template_that_names_no_column_is_refused_at_once(
     """The message has the template and the columns of the model."""
     with pytest.raises(ValueError, match=r"no column of Post; it has id, slug, views, author_id"):
         invalidate_on_commit(make_session, cache, app=app, **rule)
+
+
+@any_database
+@pytest.mark.parametrize("template", ["post:{id", "post:id}", "{"])
+def test_a_template_that_cannot_be_read_is_refused_at_once(
+    make_session: sessionmaker[Session], cache: Cache, app: Celery, template: str
+) -> None:
+    """A brace that is left open is found when the module is imported."""
+    with pytest.raises(ValueError, match=r"[{}]"):
+        invalidate_on_commit(make_session, cache, app=app, keys={Post: template})
 
 
 @any_database
