@@ -26,6 +26,7 @@ from .counters import Counters
 from .durations import Duration, milliseconds
 from .entry import Envelope, Freshness, Undecodable
 from .errors import EntryNotCounter, LoaderRecursion, ServerUnavailable, ValueNotCacheable
+from .leases import LeaseKeeper
 from .scripts import Script, load
 from .waiting import Waiting
 
@@ -51,7 +52,7 @@ MISS: Final = Miss.MISS
 
 _NOT_COUNTABLE = ("not an integer", "WRONGTYPE", "would overflow")
 _SCAN_COUNT = 500  # keys looked at per call: large enough to be quick, small enough that others get their turn
-_MOST_LEASES = 4  # waited for, one holder after the other, before a caller loads for itself
+_MOST_LEASES = 4  # waited for another's load, before a caller loads for itself
 _WAKE_TTL_MS = 10_000  # a wake-up that nobody took is worth nothing after this
 
 _READ_ONLY, _LEASE_IF_GONE, _LEASE, _LEASE_OR_WAIT = 0, 1, 2, 3  # what lua/entry_read.lua calls "take"
@@ -131,15 +132,14 @@ class Cache:
         - Every entry expires, up to a tenth earlier than asked for, so that they do not expire together.
 
     Not yet: a near cache in the process, early refresh, refresh outside the caller, a circuit breaker (each
-    call waits for its own timeout while Redis hangs), remembered invalidations, Cluster. A load that takes
-    longer than ``lease`` is returned but not stored. Values come back as MessagePack has them: tuples and
-    sets as lists, ``Decimal`` and ``UUID`` as text, dataclasses as dicts.
+    call waits for its own timeout while Redis hangs), remembered invalidations, Cluster. Values come back as
+    MessagePack has them: tuples and sets as lists, ``Decimal`` and ``UUID`` as text, dataclasses as dicts.
 
     Arguments:
         redis: from ``connect``.
         namespace: keeps the keys of several caches apart. Any text.
         ttl: how long an entry is fresh, where the call does not say. Seconds, ``timedelta`` or "5m".
-        lease: how long one load may take before another process may begin its own.
+        lease: how long a load is waited for whose process has died. A load that runs longer keeps its lease.
     """
 
     def __init__(self, redis: Connections, *, namespace: str, ttl: Duration = 300, lease: Duration = 10) -> None:
@@ -150,6 +150,7 @@ class Cache:
         self._lease_ms = milliseconds(lease, "lease")
         self._counters = Counters()
         self._waiting = Waiting(redis)
+        self._keeper = LeaseKeeper(redis, self._lease_ms)
         self._loading = threading.local()
 
     def __repr__(self) -> str:
@@ -212,6 +213,7 @@ class Cache:
         ttl: Duration | None = None,
         stale: Duration = 0,
         tags: Sequence[str] = (),
+        wait: Duration | None = None,
     ) -> T:
         """The cached value, or that of ``loader``, which is then cached.
 
@@ -225,6 +227,8 @@ class Cache:
             stale: how long after that it may still be served while one caller loads a new one; that caller
                 waits for it. Stored for ``ttl + stale`` in all (the hard TTL).
             tags: groups that the entry belongs to; invalidating one of them removes it.
+            wait: how long to wait for another's load; after that, this caller loads for itself, and what it
+                loads is not stored. Default: four leases.
 
         A hit costs one round trip, a miss two. Raises ``LoaderRecursion`` when the loader asks for the same
         key, and ``ValueNotCacheable`` for a value without MessagePack form.
@@ -233,7 +237,8 @@ class Cache:
         stale_ms = milliseconds(stale, "stale", zero_allowed=True)
         tags = _listed(tags, "tags")
         name = self.keys.entry(key)
-        deadline = time.monotonic() + self._lease_ms / 1_000 * _MOST_LEASES
+        wait_ms = self._lease_ms * _MOST_LEASES if wait is None else milliseconds(wait, "wait", zero_allowed=True)
+        deadline = time.monotonic() + wait_ms / 1_000
         waited = False
         while True:
             reading = self._look(key, name, tags, ttl_ms + stale_ms, _LEASE_IF_GONE)
@@ -259,7 +264,7 @@ class Cache:
                 return reading.value  # type: ignore[no-any-return]
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                # One holder after the other was neither done nor woke us. Do not wait for ever.
+                # Whoever loads is neither done nor dead. Do not hang with a loader that hangs.
                 self._counters.add("misses")
                 return self._load(key, loader)[0]
             self._refuse_recursion(key)
@@ -472,7 +477,8 @@ class Cache:
     def _load_under(self, key: str, name: str, loader: Callable[[], T], reading: _Reading) -> tuple[T, int]:
         """Load while holding the lease; give it back if that fails."""
         try:
-            return self._load(key, loader)
+            with self._keeper.keeping(key_names.lease(name), reading.token):
+                return self._load(key, loader)
         except BaseException:
             self._end_load(name, reading.token, b"", 1)
             raise

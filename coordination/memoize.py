@@ -14,6 +14,8 @@ from ..cachelib import MISS, Cache, connect
 from ..cachelib.durations import Duration, milliseconds
 from ..cachelib.templates import CallName, Fingerprint, Template, signature_of
 
+_LONGEST_WAIT_S = 3_600  # for another's run, where no time limit says how long one may take
+
 
 class Memo:
     """How the results of one task are kept."""
@@ -54,6 +56,7 @@ class Memo:
                 ttl=self._ttl,
                 stale=self._stale,
                 tags=[tag.fill(arguments, keywords) for tag in self._tags],
+                wait=task.time_limit or task.app.conf.task_time_limit or _LONGEST_WAIT_S,
             )
         except _NoOutcome as error:
             raise error.said from None
@@ -117,8 +120,9 @@ def memoized_task(
     chains go on and chords count. Of all workers that need one result at once, one runs the body. A failure,
     a retry or an ignored run is not remembered. Without Redis the body runs.
 
-    Not yet: those that need a result that is being made wait for it in their worker's slot; a crash of the one
-    that makes it delays them by the cache's lease; nothing is answered without the broker.
+    Not yet: those that need a result that is being made wait for it in their worker's slot, for the time limit of the
+    task at most; a crash of the one that makes it delays them by the cache's lease; nothing is answered without the
+    broker.
 
     Arguments:
         app: the Celery app; without one, as ``shared_task``.

@@ -138,7 +138,7 @@ def test_refresh_loads_what_is_not_there(cache):
     """A key that nobody has asked for yet is warmed too."""
     assert cache.refresh("a", lambda: 1)
     assert cache.refresh("b", lambda: 2, unless_fresh_for=60)
-    assert cache.get_many("ab") == {"a": 1, "b": 2}
+    assert cache.get_many(list("ab")) == {"a": 1, "b": 2}
 
 
 def test_refresh_spares_what_stays_fresh_for_long_enough(cache):

@@ -98,9 +98,9 @@ def test_a_tag_is_shared_by_loads_and_sets(cache):
     cache.set("c", 3, tags=["t"])
     cache.refresh("d", lambda: 4, tags=["t"])
 
-    assert cache.get_many("abcd") == {"a": 1, "b": 2, "c": 3, "d": 4}
+    assert cache.get_many(list("abcd")) == {"a": 1, "b": 2, "c": 3, "d": 4}
     assert cache.invalidate(tags=["t"]) == 1
-    assert cache.get_many("abcd") == {}
+    assert cache.get_many(list("abcd")) == {}
 
 
 @pytest.mark.parametrize("how", ["set", "get_or_set", "refresh"])
@@ -138,7 +138,7 @@ def test_a_tag_that_is_named_twice_is_one_tag(cache):
     cache.set("a", 1, tags=["t", "t"])
     cache.get_or_set("b", lambda: 2, tags=["t", "t"])
 
-    assert cache.get_many("ab") == {"a": 1, "b": 2}
+    assert cache.get_many(list("ab")) == {"a": 1, "b": 2}
 
 
 def test_a_tag_and_a_key_of_one_name_are_two_things(cache):
@@ -147,7 +147,7 @@ def test_a_tag_and_a_key_of_one_name_are_two_things(cache):
     cache.set("y", 2, tags=["x"])
     cache.delete("x")
 
-    assert cache.get_many("xy") == {"y": 2}
+    assert cache.get_many(list("xy")) == {"y": 2}
     cache.set("x", 1)
     cache.invalidate(tags=["x"])
-    assert cache.get_many("xy") == {"x": 1}
+    assert cache.get_many(list("xy")) == {"x": 1}

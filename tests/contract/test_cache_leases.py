@@ -1,0 +1,87 @@
+"""A lease lasts as long as its load, and no longer than its process."""
+
+from threading import Event, Thread
+
+import pytest
+
+from petiole.cachelib import Cache
+from petiole.cachelib import keys as key_names
+
+LEASE_S = 0.4
+
+
+@pytest.fixture
+def quick(redis, name):
+    """A cache whose leases are short."""
+    return Cache(redis, namespace=name, lease=LEASE_S)
+
+
+def _voided(cache, key):
+    return not cache.redis.coordination.exists(key_names.lease(cache.keys.entry(key)))
+
+
+def test_a_load_that_outlasts_its_lease_is_stored_and_nobody_else_loads(quick, redis, name):
+    """The lease is renewed while the load runs; others wait for it."""
+    loading = Event()
+    loads = []
+
+    def slow():
+        loads.append("slow")
+        loading.set()
+        Event().wait(LEASE_S * 4)
+        return "slow"
+
+    def never():
+        loads.append("another")
+        return "another"
+
+    other = Cache(redis, namespace=name, lease=LEASE_S)
+    found = []
+    holder = Thread(target=lambda: found.append(quick.get_or_set("k", slow)))
+    holder.start()
+    assert loading.wait(10)
+    waiter = Thread(target=lambda: found.append(other.get_or_set("k", never, wait=30)))
+    waiter.start()
+    holder.join(30)
+    waiter.join(30)
+
+    assert loads == ["slow"]
+    assert found == ["slow", "slow"]
+    assert quick.get("k") == "slow"
+    assert quick.stats().refused == 0
+
+
+def test_a_lease_that_was_voided_is_not_taken_again(quick):
+    """However long the load still runs: what was invalidated stays away."""
+    voided = []
+
+    def slow():
+        quick.delete("k")
+        Event().wait(LEASE_S * 2)
+        voided.append(_voided(quick, "k"))
+        return "old"
+
+    assert quick.get_or_set("k", slow) == "old"
+    assert voided == [True]
+    assert quick.get("k") is None
+    assert quick.stats().refused == 1
+
+
+def test_who_will_not_wait_loads_for_itself(quick, redis, name):
+    """``wait`` is the caller's patience; what it then loads is not stored."""
+    other = Cache(redis, namespace=name, lease=LEASE_S)
+
+    def slow():
+        assert other.get_or_set("k", lambda: "impatient", wait=0) == "impatient"
+        return "patient"
+
+    assert quick.get_or_set("k", slow) == "patient"
+    assert quick.get("k") == "patient"
+
+
+def test_one_thread_renews_for_a_whole_cache(quick):
+    """However many loads there are."""
+    for number in range(20):
+        quick.get_or_set(f"k{number}", lambda: 1)
+
+    assert repr(quick._keeper) == "<LeaseKeeper [0 held]>"
