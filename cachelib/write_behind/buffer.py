@@ -120,10 +120,10 @@ class Buffer:
                 max_length=self.max_length,
                 batch_size=self.batch_size,
             )
-        except UNAVAILABLE as error:
-            raise ServerUnavailable(self.redis.address, error, doing=f"put into buffer {self.name!r}") from error
         except OutOfMemoryError as error:
             raise ServerFull(self.redis.address, self.name) from error
+        except UNAVAILABLE as error:
+            raise ServerUnavailable(self.redis.address, error, doing=f"put into buffer {self.name!r}") from error
         if put.id is None:
             raise BufferFull(self.name, partition, put.length)
         return put.kick

@@ -6,7 +6,7 @@ from threading import Barrier, Thread
 import pytest
 
 from petiole.cachelib import Connections, EmbeddedServer, connect
-from petiole.cachelib.errors import BufferFull, ServerUnavailable
+from petiole.cachelib.errors import BufferFull, ServerFull, ServerUnavailable
 from petiole.cachelib.write_behind import Buffer
 
 
@@ -231,3 +231,17 @@ def test_a_server_that_does_not_tell_its_run_is_served_all_the_same(
         assert (batch.run, batch.entries[0].run) == ("", "")
         assert buffer.trim(0, batch) == 1
         assert "secret" not in repr(buffer)
+
+
+def test_a_server_without_memory_refuses_the_row_by_that_name(own_server: Callable[..., EmbeddedServer]) -> None:
+    """It is not a server that did not answer: the row is known not to be there."""
+    server = own_server("--maxmemory", "3mb", "--maxmemory-policy", "noeviction")
+    with connect(server.url) as redis:
+        buffer = Buffer(redis, "full", partitions=1)
+        taken = 0
+        with pytest.raises(ServerFull, match="maxmemory"):
+            for _ in range(1_000):
+                buffer.put(0, b"x" * 10_000)
+                taken += 1
+
+        assert buffer.lengths() == [taken]
