@@ -8,7 +8,6 @@ has voided since the load began** (leases: Nishtala et al., "Scaling Memcache at
 
 import logging
 import random
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from .entry import Envelope, Freshness, Undecodable
 from .errors import EntryNotCounter, LoaderRecursion, ServerUnavailable, ValueNotCacheable
 from .leases import LeaseKeeper
 from .scripts import Script, load
+from .tokens import Tokens
 from .waiting import Waiting
 
 logger = logging.getLogger(__name__)
@@ -152,6 +152,7 @@ class Cache:
         self._waiting = Waiting(redis)
         self._keeper = LeaseKeeper(redis, self._lease_ms)
         self._loading = threading.local()
+        self._tokens = Tokens()
 
     def __repr__(self) -> str:
         stats = self.stats()
@@ -439,7 +440,7 @@ class Cache:
 
     def _look(self, key: str, name: str, tags: Sequence[str], stored_ms: int, take: int) -> _Reading | None:
         """One look at an entry. None when Redis does not answer."""
-        token = secrets.token_hex(8)
+        token = self._tokens.next()
         try:
             stored, left_ms, lease, raws, holder = _READ(
                 self.redis.cache,
@@ -536,7 +537,7 @@ class Cache:
         raws = _TAGS(
             self.redis.cache,
             tags=[self.keys.tag(tag) for tag in tags],
-            token=secrets.token_hex(8),
+            token=self._tokens.next(),
             tag_ttl_ms=self._lease_ms + stored_ms,
         )
         return {tag: raw.decode() for tag, raw in zip(tags, raws, strict=True)}

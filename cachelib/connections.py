@@ -18,6 +18,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from .client import ThreadClient
 from .durations import milliseconds
 from .embedded import EmbeddedServer
 from .errors import ServerUnavailable
@@ -101,7 +102,7 @@ class Connections:
             if self._closed:
                 raise RuntimeError(f"{self!r} was closed; connect again")
             if profile not in self._clients:
-                self._clients[profile] = redis.Redis.from_url(
+                self._clients[profile] = ThreadClient.from_url(
                     self.url,
                     socket_timeout=profile.answer_s,
                     socket_connect_timeout=profile.connect_s,

@@ -17,11 +17,16 @@ _ESCAPED_WITH_COLON = _ESCAPED | {ord(":"): "%3A"}
 _GLOB_SPECIAL = re.compile(r"([*?\[\]\\^])")
 
 
+_NEEDS_ESCAPING = re.compile("[%{}\x00-\x1f\x7f]").search  # ten times as fast as to escape what needs none
+
+
 def _checked(text: str, what: str) -> str:
     if not isinstance(text, str):
         raise TypeError(f"{what} must be text, not {type(text).__name__}: {text!r}")
     if not text:
         raise ValueError(f"{what} must not be empty")
+    if len(text) <= LONGEST_NAME_BYTES and text.isascii():
+        return text
     try:
         size = len(text.encode())
     except UnicodeEncodeError as error:
@@ -33,7 +38,8 @@ def _checked(text: str, what: str) -> str:
 
 def escaped(text: str, what: str = "key") -> str:
     """User text as it may stand between the braces of a key."""
-    return _checked(text, what).translate(_ESCAPED)
+    checked = _checked(text, what)
+    return checked.translate(_ESCAPED) if _NEEDS_ESCAPING(checked) else checked
 
 
 def escaped_name(text: str, what: str = "name") -> str:

@@ -49,7 +49,7 @@ class Script(Generic[T]):
             wrong = sorted(values.keys() ^ self._names)
             raise TypeError(f"{self.name}.lua takes {sorted(self._names)}; missing or unknown: {wrong}")
         keys = _flattened(self.keys, values)
-        request = [len(keys), *keys, *_flattened(self.arguments, values)]
+        request = (len(keys), *keys, *_flattened(self.arguments, values))
         try:
             reply = client.execute_command("EVALSHA", self.sha, *request)
         except NoScriptError:
@@ -70,13 +70,14 @@ def _names(line: str) -> tuple[tuple[str, bool], ...]:
 
 def _flattened(names: tuple[tuple[str, bool], ...], values: dict[str, Any]) -> list[Argument]:
     flat: list[Argument] = []
-    lengths = set()
+    length = None
     for name, many in names:
-        if many:
-            lengths.add(len(values[name]))
-            flat.extend(values[name])
-        else:
-            flat.append(values[name])
-    if len(lengths) > 1:
-        raise ValueError(f"{', '.join(name for name, many in names if many)} must be equally long")
+        value = values[name]
+        if not many:
+            flat.append(value)
+            continue
+        if length is not None and len(value) != length:
+            raise ValueError(f"{', '.join(name for name, many in names if many)} must be equally long")
+        length = len(value)
+        flat.extend(value)
     return flat

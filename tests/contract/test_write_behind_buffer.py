@@ -238,10 +238,12 @@ def test_a_server_without_memory_refuses_the_row_by_that_name(own_server: Callab
     server = own_server("--maxmemory", "3mb", "--maxmemory-policy", "noeviction")
     with connect(server.url) as redis:
         buffer = Buffer(redis, "full", partitions=1)
-        taken = 0
-        with pytest.raises(ServerFull, match="maxmemory"):
-            for _ in range(1_000):
-                buffer.put(0, b"x" * 10_000)
-                taken += 1
+        taken: list[bool] = []
 
-        assert buffer.lengths() == [taken]
+        def fill() -> None:
+            for _ in range(1_000):
+                taken.append(buffer.put(0, b"x" * 10_000))
+
+        with pytest.raises(ServerFull, match="maxmemory"):
+            fill()
+        assert buffer.lengths() == [len(taken)]
