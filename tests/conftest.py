@@ -17,8 +17,7 @@ import sqlalchemy as sa
 
 from petiole.cachelib import Cache, Connections, EmbeddedServer, Settings, connect
 
-# What may live without a TTL: rows that are not flushed, and what the message transport keeps.
-MAY_LIVE_ON = (b"petiole:1:buffer:", b"_kombu.", b"unacked", b"default", b"celery")
+MAY_LIVE_ON = b"petiole:1:buffer:"  # rows that are not flushed; of our keys, nothing else
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,7 +47,7 @@ def redis(redis_server: EmbeddedServer) -> Iterator[Connections]:
     with connect(settings=Settings(url=redis_server.url, cache_timeout=2)) as connections:
         yield connections
         client = connections.coordination
-        names = [key for key in client.scan_iter(count=10_000) if not key.startswith(MAY_LIVE_ON)]
+        names = [key for key in client.scan_iter("petiole:*", count=10_000) if not key.startswith(MAY_LIVE_ON)]
         pipeline = client.pipeline(transaction=False)
         for key in names:
             pipeline.pttl(key)

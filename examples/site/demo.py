@@ -30,7 +30,7 @@ GENERATED_REQUESTS = 5_000
 SEED = 20_260_101
 SETTLE_S = 120.0  # how long buffers and invalidations may take to come to rest after the last request
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)  # a path is to be copied, not cut
 
 
 class DemoFailed(Exception):

@@ -25,6 +25,12 @@ def _demo(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[s
     )
 
 
+@pytest.fixture(autouse=True)
+def _what_it_leaves_is_the_tests_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A demo that failed keeps its logs."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
 def _row(output: str, name: str) -> str:
     found = re.search(rf"│ {re.escape(name)} +│ +(.*?) +│", output)
     assert found, output

@@ -37,8 +37,8 @@ def test_a_full_batch_is_flushed_without_beat(celery_setup: CeleryTestSetup, sho
     for _ in range(BATCH):
         shop.sales.put({"number": 1})
 
-    eventually(lambda: shop.count() == BATCH, "a full batch is in SQL")
     eventually(lambda: shop.sales.buffer.lengths()[partition] == 0, "the flushed rows have left Redis")
+    assert shop.count() == BATCH
 
 
 def test_rows_that_fill_no_batch_are_flushed_by_beat(
@@ -47,8 +47,9 @@ def test_rows_that_fill_no_batch_are_flushed_by_beat(
     """No row waits for company longer than ``max_delay``, while beat and a worker run."""
     _sell(shop, range(3))
 
-    eventually(lambda: shop.count() == 3, "beat had the rows flushed")
-    eventually(lambda: _totals(shop) == _expected_totals(3), "and the sums")
+    eventually(lambda: _waiting(shop) == 0, "beat had the rows flushed")
+    assert shop.count() == 3
+    assert _totals(shop) == _expected_totals(3)
 
 
 def test_a_worker_that_is_killed_again_and_again_neither_loses_nor_repeats_a_row(

@@ -241,7 +241,7 @@ def test_a_server_without_memory_refuses_the_row_by_that_name(own_server: Callab
         taken: list[bool] = []
 
         def fill() -> None:
-            for _ in range(1_000):
+            while len(taken) < 1_000:
                 taken.append(buffer.put(0, b"x" * 10_000))
 
         with pytest.raises(ServerFull, match="maxmemory"):
