@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -98,8 +98,7 @@ class Stats:
         return (self.hits + self.stale) / reads if reads else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
+class _Reading(NamedTuple):
     """What one look at an entry showed."""
 
     freshness: Freshness
@@ -452,10 +451,11 @@ class Cache:
                 lease_ms=self._lease_ms,
                 tag_ttl_ms=self._lease_ms + stored_ms,
             )
-            versions: dict[str, str | None] = dict(zip(tags, map(_text, raws), strict=True))
-            guards = {tag: version for tag, version in versions.items() if version is not None}
+            versions: dict[str, str | None] = dict(zip(tags, map(_text, raws), strict=True)) if tags else {}
+            guards = {tag: version for tag, version in versions.items() if version is not None} if tags else {}
             envelope, value = self._decoded(key, stored) if stored is not None else (None, MISS)
-            versions |= self._tag_versions_now(entries.missing_tags(tags, envelope))
+            if envelope is not None and envelope.tags:
+                versions |= self._tag_versions_now(entries.missing_tags(tags, envelope))
         except UNAVAILABLE as error:
             self._degraded("get_or_set", error)
             return None
