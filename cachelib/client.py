@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakSet
 
 import redis
+from hiredis import pack_command
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
@@ -38,7 +39,10 @@ class ThreadClient(redis.Redis):
         try:
             if _is_spoilt(connection):
                 connection.disconnect()
-            connection.send_command(*arguments)
+            if " " in arguments[0]:  # a command of two words, which redis-py takes apart
+                connection.send_command(*arguments)
+            else:
+                connection.send_packed_command((pack_command(arguments),))
             return self.parse_response(connection, arguments[0], **options)  # type: ignore[no-untyped-call]
         except ResponseError:
             raise
