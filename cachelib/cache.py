@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -24,10 +23,10 @@ from .connections import UNAVAILABLE, Connections
 from .counters import Counters
 from .durations import Duration, milliseconds
 from .entry import Envelope, Freshness, Undecodable
+from .entry_store import EntryStore, Look, Take
 from .errors import EntryNotCounter, LoaderRecursion, ServerUnavailable, ValueNotCacheable
 from .leases import LeaseKeeper
-from .scripts import Script, load
-from .tokens import Tokens
+from .stats import Stats
 from .waiting import Waiting
 
 logger = logging.getLogger(__name__)
@@ -51,67 +50,16 @@ MISS: Final = Miss.MISS
 """What ``get`` returns for what is not cached. ``None`` is a value like any other."""
 
 _NOT_COUNTABLE = ("not an integer", "WRONGTYPE", "would overflow")
-_SCAN_COUNT = 500  # keys looked at per call: large enough to be quick, small enough that others get their turn
 _MOST_LEASES = 4  # waited for another's load, before a caller loads for itself
-_WAKE_TTL_MS = 10_000  # a wake-up that nobody took is worth nothing after this
-
-_READ_ONLY, _LEASE_IF_GONE, _LEASE, _LEASE_OR_WAIT = 0, 1, 2, 3  # what lua/entry_read.lua calls "take"
-
-
-def _read_reply(reply: list[Any]) -> tuple[bytes | None, int, int, list[bytes | None], str]:
-    stored, left_ms, lease, versions, holder = reply
-    return stored, left_ms, lease, versions, holder.decode("ascii", "replace")
-
-
-_READ = load(__package__, "entry_read", _read_reply)
-_READ_MANY: Script[list[tuple[bytes | None, int]]] = load(__package__, "entries_read", list)
-_FILL = load(__package__, "entry_fill", bool)
-_SET = load(__package__, "entry_set", int)
-_DELETE = load(__package__, "entry_delete", int)
-_ADD = load(__package__, "counter_add", int)
-_TAGS: Script[list[bytes]] = load(__package__, "tags_read", list)
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """Counts of this process since the cache was made."""
-
-    hits: int
-    """Served fresh from Redis."""
-    stale: int
-    """Served past the soft TTL, while somebody loads."""
-    misses: int
-    loads: int
-    load_ms: int
-    """Time spent in loaders."""
-    waits: int
-    """Reads that waited for another's load."""
-    refused: int
-    """Loaded values that were not stored, because the key was invalidated or set meanwhile."""
-    errors: int
-    """Calls that Redis did not answer, and entries that could not be read."""
-
-    @property
-    def hit_ratio(self) -> float:
-        """Served from the cache, of all reads; 0 when there were none."""
-        reads = self.hits + self.stale + self.misses
-        return (self.hits + self.stale) / reads if reads else 0.0
 
 
 class _Reading(NamedTuple):
-    """What one look at an entry showed."""
+    """A look at an entry, and what it means."""
 
     freshness: Freshness
     value: Any
     envelope: Envelope | None
-    left_ms: int
-    token: str
-    lease: int
-    """1: ours; 0: not asked for; -n: another holds it for n more milliseconds."""
-    guards: Mapping[str, str]
-    """The versions of the caller's tags, as they were at this look: before any load."""
-    holder: str
-    """Whose load it is, when another holds the lease."""
+    look: Look
 
 
 class Cache:
@@ -151,7 +99,7 @@ class Cache:
         self._waiting = Waiting(redis)
         self._keeper = LeaseKeeper(redis, self._lease_ms)
         self._loading = threading.local()
-        self._tokens = Tokens()
+        self._store = EntryStore(redis, self.keys, self._lease_ms)
 
     def __repr__(self) -> str:
         stats = self.stats()
@@ -173,14 +121,14 @@ class Cache:
         if not names:
             return {}
         try:
-            stored = _READ_MANY(self.redis.cache, entries=list(names.values()))
+            stored = self._store.read_many(list(names.values()))
             decoded = {
                 key: (*self._decoded(key, raw), left_ms)
                 for key, (raw, left_ms) in zip(names, stored, strict=True)
                 if raw is not None
             }
             tags = sorted({tag for envelope, _, _ in decoded.values() if envelope for tag in envelope.tags})
-            versions = self._tag_versions_now(tags)
+            versions = self._store.tag_versions(tags)
         except UNAVAILABLE as error:
             self._degraded("get", error)
             self._counters.add("misses", len(names))
@@ -241,22 +189,22 @@ class Cache:
         deadline = time.monotonic() + wait_ms / 1_000
         waited = False
         while True:
-            reading = self._look(key, name, tags, ttl_ms + stale_ms, _LEASE_IF_GONE)
+            reading = self._look(key, name, tags, ttl_ms + stale_ms, Take.IF_GONE)
             if reading is None:
                 self._counters.add("misses")
                 return self._load(key, loader)[0]
             if reading.freshness is Freshness.FRESH:
                 self._counters.add("hits")
                 return reading.value  # type: ignore[no-any-return]
-            if reading.lease == 0:  # stale, or stored but invalidated: the lease was not asked for yet
-                take = _LEASE if reading.freshness is Freshness.STALE else _LEASE_OR_WAIT
+            if reading.look.lease == 0:  # stale, or stored but invalidated: the lease was not asked for yet
+                take = Take.ALWAYS if reading.freshness is Freshness.STALE else Take.OR_WAIT
                 reading = self._look(key, name, tags, ttl_ms + stale_ms, take) or reading
                 if reading.freshness is Freshness.FRESH:  # somebody filled it between the two looks
                     self._counters.add("hits")
-                    if reading.lease == 1:
-                        self._end_load(name, reading.token, b"", 1)
+                    if reading.look.lease == 1:
+                        self._give_back(name, reading.look.token)
                     return reading.value  # type: ignore[no-any-return]
-            if reading.lease == 1:
+            if reading.look.lease == 1:
                 self._counters.add("stale" if reading.freshness is Freshness.STALE else "misses")
                 return self._load_and_fill(key, name, loader, reading, ttl_ms, stale_ms)
             if reading.freshness is Freshness.STALE:
@@ -271,7 +219,8 @@ class Cache:
             if not waited:
                 waited = True
                 self._counters.add("waits")
-            self._waiting.wait(key_names.wake(name, reading.holder), min(left_s, -reading.lease / 1_000))
+            look = reading.look
+            self._waiting.wait(key_names.wake(name, look.holder), min(left_s, -look.lease / 1_000))
 
     def refresh(
         self,
@@ -297,14 +246,14 @@ class Cache:
         enough_ms = milliseconds(unless_fresh_for, "unless_fresh_for", zero_allowed=True)
         name = self.keys.entry(key)
         if enough_ms:
-            reading = self._look(key, name, tags, ttl_ms + stale_ms, _READ_ONLY)
+            reading = self._look(key, name, tags, ttl_ms + stale_ms, Take.NOTHING)
             if reading is None:
                 return False
             fresh = reading.freshness is Freshness.FRESH
-            if fresh and entries.fresh_left_ms(reading.envelope, reading.left_ms) > enough_ms:
+            if fresh and entries.fresh_left_ms(reading.envelope, reading.look.left_ms) > enough_ms:
                 return False
-        reading = self._look(key, name, tags, ttl_ms + stale_ms, _LEASE)
-        if reading is None or reading.lease != 1:
+        reading = self._look(key, name, tags, ttl_ms + stale_ms, Take.ALWAYS)
+        if reading is None or reading.look.lease != 1:
             return False
         value, load_ms = self._load_under(key, name, loader, reading)
         return self._fill(key, name, reading, value, load_ms, ttl_ms, stale_ms)
@@ -342,15 +291,10 @@ class Cache:
             return True
         names = [self.keys.entry(key) for key in values]
         try:
-            versions = self._tag_versions(tags, ttl_ms + stale_ms)
+            versions = self._store.make_tag_versions(tags, ttl_ms + stale_ms)
             payloads = [self._encoded(k, v, stale_ms, 0, versions) for k, v in values.items()]
-            _SET(
-                self.redis.cache,
-                entries=names,
-                leases=[key_names.lease(name) for name in names],
-                payloads=payloads,
-                ttls_ms=[entries.jittered(ttl_ms, random.random()) + stale_ms for _ in names],
-            )
+            ttls_ms = [entries.jittered(ttl_ms, random.random()) + stale_ms for _ in names]
+            self._store.set_many(names, payloads, ttls_ms)
         except UNAVAILABLE as error:
             self._degraded("set", error)
             return False
@@ -370,7 +314,7 @@ class Cache:
         ttl_ms = self.ttl_ms if ttl is None else milliseconds(ttl, "ttl")
         name = self.keys.entry(key)
         try:
-            return _ADD(self.redis.cache, entry=name, amount=by, ttl_ms=ttl_ms)
+            return self._store.add(name, by, ttl_ms)
         except UNAVAILABLE as error:
             if any(why in str(error) for why in _NOT_COUNTABLE):
                 raise EntryNotCounter(key) from None
@@ -418,12 +362,14 @@ class Cache:
         Returns how many keys and tags were removed. Raises ``ServerUnavailable`` when Redis does not answer.
         """
         names = [self.keys.entry(key) for key in _listed(keys, "keys")]
-        tag_names = [self.keys.tag(tag) for tag in _listed(tags, "tags")]
+        dropped = list(_listed(tags, "tags"))
+        for tag in dropped:
+            self.keys.tag(tag)  # refuses what is no tag, before anything is removed
         pattern = None if matching is None else self.keys.matching(matching)
         removed = self._remove(names) if names else 0
-        if tag_names:
+        if dropped:
             with self._raising("invalidate tags"):
-                removed += int(self.redis.coordination.unlink(*tag_names))
+                removed += self._store.drop_tags(dropped)
         if pattern is not None:
             removed += self._remove_matching(pattern)
         return removed
@@ -437,30 +383,22 @@ class Cache:
 
     # Inside
 
-    def _look(self, key: str, name: str, tags: Sequence[str], stored_ms: int, take: int) -> _Reading | None:
+    def _look(self, key: str, name: str, tags: Sequence[str], stored_ms: int, take: Take) -> _Reading | None:
         """One look at an entry. None when Redis does not answer."""
-        token = self._tokens.next()
         try:
-            stored, left_ms, lease, raws, holder = _READ(
-                self.redis.cache,
-                entry=name,
-                lease=key_names.lease(name),
-                tags=[self.keys.tag(tag) for tag in tags],
-                take=take,
-                token=token,
-                lease_ms=self._lease_ms,
-                tag_ttl_ms=self._lease_ms + stored_ms,
-            )
-            versions: dict[str, str | None] = dict(zip(tags, map(_text, raws), strict=True)) if tags else {}
-            guards = {tag: version for tag, version in versions.items() if version is not None} if tags else {}
-            envelope, value = self._decoded(key, stored) if stored is not None else (None, MISS)
-            if envelope is not None and envelope.tags:
-                versions |= self._tag_versions_now(entries.missing_tags(tags, envelope))
+            look = self._store.look(name, tags, stored_ms, take)
+            if look.stored is None:
+                return _Reading(Freshness.GONE, MISS, None, look)
+            envelope, value = self._decoded(key, look.stored)
+            if value is MISS:
+                return _Reading(Freshness.GONE, MISS, None, look)
+            versions = look.tag_versions
+            if more := entries.missing_tags(tags, envelope):
+                versions = {**versions, **self._store.tag_versions(more)}
         except UNAVAILABLE as error:
             self._degraded("get_or_set", error)
             return None
-        freshness = Freshness.GONE if value is MISS else entries.judge(envelope, left_ms, versions)
-        return _Reading(freshness, value, envelope, left_ms, token, lease, guards, holder)
+        return _Reading(entries.judge(envelope, look.left_ms, versions), value, envelope, look)
 
     def _load_and_fill(
         self, key: str, name: str, loader: Callable[[], T], reading: _Reading, ttl_ms: int, stale_ms: int
@@ -478,10 +416,10 @@ class Cache:
     def _load_under(self, key: str, name: str, loader: Callable[[], T], reading: _Reading) -> tuple[T, int]:
         """Load while holding the lease; give it back if that fails."""
         try:
-            with self._keeper.keeping(key_names.lease(name), reading.token):
+            with self._keeper.keeping(key_names.lease(name), reading.look.token):
                 return self._load(key, loader)
         except BaseException:
-            self._end_load(name, reading.token, b"", 1)
+            self._give_back(name, reading.look.token)
             raise
 
     def _load(self, key: str, loader: Callable[[], T]) -> tuple[T, int]:
@@ -497,74 +435,41 @@ class Cache:
     def _fill(
         self, key: str, name: str, reading: _Reading, value: object, load_ms: int, ttl_ms: int, stale_ms: int
     ) -> bool:
+        look = reading.look
+        guards = {tag: version for tag, version in look.tag_versions.items() if version is not None}
         try:
-            payload = self._encoded(key, value, stale_ms, load_ms, reading.guards)
+            payload = self._encoded(key, value, stale_ms, load_ms, guards)
         except ValueNotCacheable:
-            self._end_load(name, reading.token, b"", 1)
+            self._give_back(name, look.token)
             raise
-        stored = self._end_load(name, reading.token, payload, entries.jittered(ttl_ms, random.random()) + stale_ms)
+        try:
+            stored = self._store.fill(name, look.token, payload, entries.jittered(ttl_ms, random.random()) + stale_ms)
+        except UNAVAILABLE as error:
+            self._degraded("fill", error)
+            return False
         if not stored:
             self._counters.add("refused")
         return stored
 
-    def _end_load(self, name: str, token: str, payload: bytes, ttl_ms: int) -> bool:
+    def _give_back(self, name: str, token: str) -> None:
         try:
-            return _FILL(
-                self.redis.cache,
-                entry=name,
-                lease=key_names.lease(name),
-                wake=key_names.wake(name, token),
-                token=token,
-                payload=payload,
-                ttl_ms=ttl_ms,
-                wake_ttl_ms=_WAKE_TTL_MS,
-            )
+            self._store.give_back(name, token)
         except UNAVAILABLE as error:
-            self._degraded("fill", error)
-            return False
-
-    def _tag_versions_now(self, tags: Sequence[str]) -> dict[str, str | None]:
-        """The versions of tags as they are; None where there is none."""
-        if not tags:
-            return {}
-        raws: list[bytes | None] = self.redis.cache.execute_command("MGET", *map(self.keys.tag, tags))
-        return dict(zip(tags, map(_text, raws), strict=True))
-
-    def _tag_versions(self, tags: Sequence[str], stored_ms: int) -> dict[str, str]:
-        """The versions of tags, made where there are none; they outlive an entry stored for ``stored_ms``."""
-        if not tags:
-            return {}
-        raws = _TAGS(
-            self.redis.cache,
-            tags=[self.keys.tag(tag) for tag in tags],
-            token=self._tokens.next(),
-            tag_ttl_ms=self._lease_ms + stored_ms,
-        )
-        return {tag: raw.decode() for tag, raw in zip(tags, raws, strict=True)}
+            self._degraded("give a lease back", error)
 
     def _remove(self, names: Sequence[str]) -> int:
         with self._raising("delete"):
-            return _DELETE(self.redis.coordination, entries=names, leases=[key_names.lease(name) for name in names])
+            return self._store.delete(names)
 
     def _remove_matching(self, pattern: str) -> int:
         """Remove what matches now, and what a load puts back that began before now.
 
-        SCAN returns what is there all the time. A load that is under way has a lease; if its lease is there
-        during the whole first pass, it is found and voided; if not, the load filled the entry during the first
-        pass, and the entry is there during the whole second one.
+        A load that is under way has a lease; if its lease is there during the whole first pass, it is found and
+        voided; if not, the load filled the entry during the first pass, and the entry is there during the whole
+        second one.
         """
-        removed = 0
         with self._raising("invalidate by pattern"):
-            for _ in range(2):
-                found: list[str] = []
-                for raw in self.redis.coordination.scan_iter(match=pattern, count=_SCAN_COUNT):
-                    found.append(_entry_of(raw.decode()))
-                    if len(found) == _SCAN_COUNT:
-                        removed += self._remove(sorted(set(found)))
-                        found.clear()
-                if found:
-                    removed += self._remove(sorted(set(found)))
-        return removed
+            return sum(self._store.delete(names) for _ in range(2) for names in self._store.matching(pattern))
 
     def _encoded(self, key: str, value: object, stale_ms: int, load_ms: int, tags: Mapping[str, str]) -> bytes:
         created_ms = int(time.time() * 1_000)
@@ -620,12 +525,3 @@ def _listed(names: C, what: str) -> C:
     if isinstance(names, str):
         raise TypeError(f"{what} must be several, such as [{names!r}], not the text {names!r}")
     return names
-
-
-def _text(raw: bytes | None) -> str | None:
-    return None if raw is None else raw.decode("utf-8", "replace")
-
-
-def _entry_of(name: str) -> str:
-    """The entry that a key is a part of. The brace that closes a name is the last one: user text has none."""
-    return name[: name.rindex("}") + 1]

@@ -94,6 +94,11 @@ def wake(entry: str, token: str) -> str:
     return f"{entry}:wake:{token}"
 
 
+def entry_of(name: str) -> str:
+    """The entry that a key is a part of. The brace that closes a name is the last one: user text has none."""
+    return name[: name.rindex("}") + 1]
+
+
 def counters(kind: str, name: str) -> str:
     """A hash of counters that all processes share."""
     return f"{LAYOUT}:counters:{{{escaped_name(kind, 'kind')}:{escaped(name, 'name')}}}"
