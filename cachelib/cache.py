@@ -178,8 +178,9 @@ class Cache:
             wait: how long to wait for another's load; after that, this caller loads for itself, and what it
                 loads is not stored. Default: four leases.
 
-        A hit costs one round trip, a miss two. Raises ``LoaderRecursion`` when the loader asks for the same
-        key, and ``ValueNotCacheable`` for a value without MessagePack form.
+        A hit costs one round trip, a miss two; a stale or invalidated entry costs one more. Raises
+        ``LoaderRecursion`` when the loader asks for the same key, and ``ValueNotCacheable`` for a value without
+        MessagePack form.
         """
         ttl_ms = self.ttl_ms if ttl is None else milliseconds(ttl, "ttl")
         stale_ms = milliseconds(stale, "stale", zero_allowed=True)
@@ -255,7 +256,7 @@ class Cache:
         reading = self._look(key, name, tags, ttl_ms + stale_ms, Take.ALWAYS)
         if reading is None or reading.look.lease != 1:
             return False
-        value, load_ms = self._load_under(key, name, loader, reading)
+        value, load_ms = self._load_under(key, name, loader, reading, ttl_ms + stale_ms)
         return self._fill(key, name, reading, value, load_ms, ttl_ms, stale_ms)
 
     # Writing
@@ -404,7 +405,7 @@ class Cache:
         self, key: str, name: str, loader: Callable[[], T], reading: _Reading, ttl_ms: int, stale_ms: int
     ) -> T:
         try:
-            value, load_ms = self._load_under(key, name, loader, reading)
+            value, load_ms = self._load_under(key, name, loader, reading, ttl_ms + stale_ms)
         except Exception:
             if reading.freshness is Freshness.STALE:
                 logger.warning("loader of %r failed; the stale value is served", key, exc_info=True)
@@ -413,10 +414,13 @@ class Cache:
         self._fill(key, name, reading, value, load_ms, ttl_ms, stale_ms)
         return value
 
-    def _load_under(self, key: str, name: str, loader: Callable[[], T], reading: _Reading) -> tuple[T, int]:
+    def _load_under(
+        self, key: str, name: str, loader: Callable[[], T], reading: _Reading, stored_ms: int
+    ) -> tuple[T, int]:
         """Load while holding the lease; give it back if that fails."""
+        tags = [self.keys.tag(tag) for tag in reading.look.tag_versions]
         try:
-            with self._keeper.keeping(key_names.lease(name), reading.look.token):
+            with self._keeper.keeping(key_names.lease(name), reading.look.token, tags, self._lease_ms + stored_ms):
                 return self._load(key, loader)
         except BaseException:
             self._give_back(name, reading.look.token)

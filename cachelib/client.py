@@ -8,7 +8,7 @@ together cost as much as the round trip itself. Pipelines and subscriptions go t
 import os
 import threading
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import redis
 from hiredis import pack_command
@@ -42,7 +42,8 @@ class ThreadClient(redis.Redis):
             if " " in arguments[0]:  # a command of two words, which redis-py takes apart
                 connection.send_command(*arguments)
             else:
-                connection.send_packed_command((pack_command(arguments),))
+                packed = pack_command(_texts(arguments))  # type: ignore[arg-type]  # typed as a tuple of one
+                connection.send_packed_command((packed,))
             return self.parse_response(connection, arguments[0], **options)  # type: ignore[no-untyped-call]
         except ResponseError:
             raise
@@ -62,16 +63,34 @@ class ThreadClient(redis.Redis):
         if self._own_process != os.getpid():  # the parent's connections are the parent's
             self._own, self._own_process, self._all = threading.local(), os.getpid(), WeakSet()
         own = self._own
-        if not hasattr(own, "connection"):
+        if not hasattr(own, "state"):
             pool = self.connection_pool
-            own.connection = pool.connection_class(**pool.connection_kwargs)
-            own.busy = False
-            self._all.add(own.connection)
-        return own
+            state = _ThreadState(pool.connection_class(**pool.connection_kwargs))
+            self._all.add(state.connection)
+            own.state = state
+        return own.state
+
+
+class _ThreadState:
+    """A thread's connection, closed when the thread ends: redis-py's connections alone wait for the collector."""
+
+    __slots__ = ("__weakref__", "busy", "connection")
+
+    def __init__(self, connection: Any) -> None:
+        self.busy = False
+        self.connection = connection
+        finalize(self, connection.disconnect).atexit = False
+
+
+def _texts(arguments: tuple[Any, ...]) -> tuple[str | bytes, ...]:
+    """Arguments as text. hiredis would format numbers itself, and crashes when a signal raises while it does."""
+    return tuple([a if isinstance(a, str | bytes) else repr(a) for a in arguments])
 
 
 def _is_spoilt(connection: Any) -> bool:
     """Whether the server has closed the connection, or something is there that nobody asked for."""
+    if not connection.is_connected:
+        return False
     try:
         return bool(connection.can_read())
     except (RedisConnectionError, OSError):

@@ -6,7 +6,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 from .cache import MISS, Cache
 from .durations import Duration, milliseconds
-from .templates import Template, signature_of
+from .templates import CallName, Template, signature_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -19,7 +19,7 @@ class CachedFunction(Generic[P, T]):
         self,
         function: Callable[P, T],
         cache: Cache,
-        key: str,
+        key: str | CallName,
         *,
         ttl: Duration | None = None,
         stale: Duration = 0,
@@ -32,7 +32,7 @@ class CachedFunction(Generic[P, T]):
         self.original = function
         self.cache = cache
         self._signature = signature_of(function)
-        self._key = Template(key, self._signature)
+        self._key: CallName = Template(key, self._signature) if isinstance(key, str) else key
         self._tags = [Template(tag, self._signature) for tag in tags]
         self._ttl = ttl
         self._stale = stale

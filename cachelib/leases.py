@@ -1,14 +1,15 @@
 """Leases that last as long as their loads, and no longer than their process.
 
 A lease is short, so that a holder that dies is soon succeeded; a load may be long. One thread per cache and process
-renews, every third of a lease, those that are held by then. It is started by the first load, and ends with the
-process. A load that was voided meanwhile is not renewed, so its value is refused as ever.
+renews, every third of a lease, those that are held by then. It is started by the first load, and ends when the
+connections are closed. A load that was voided meanwhile is not renewed, so its value is refused as ever.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event, Lock, Thread
+from typing import NamedTuple
 
 from .connections import UNAVAILABLE, Connections
 from .forks import renew_after_fork
@@ -17,6 +18,16 @@ from .scripts import load
 logger = logging.getLogger(__name__)
 
 _RENEW = load(__package__, "lease_renew", bool)
+
+
+class _Held(NamedTuple):
+    """A load that is under way."""
+
+    lease: str
+    tags: Sequence[str]
+    tag_ttl_ms: int
+    seen: bool = False
+    """Whether it was there at the last round."""
 
 
 class LeaseKeeper:
@@ -29,7 +40,7 @@ class LeaseKeeper:
     def __init__(self, redis: Connections, lease_ms: int) -> None:
         self._redis = redis
         self._lease_ms = lease_ms
-        self._held: dict[str, tuple[str, bool]] = {}  # token -> lease, whether it was there at the last round
+        self._held: dict[str, _Held] = {}  # by token
         self._thread: Thread | None = None
         self._lock = Lock()
         renew_after_fork(self)
@@ -43,14 +54,19 @@ class LeaseKeeper:
         self._held, self._thread = {}, None
 
     @contextmanager
-    def keeping(self, lease: str, token: str) -> Iterator[None]:
-        """Renew a lease while the block runs."""
-        with self._lock:
-            self._held[token] = (lease, False)
-            if self._thread is None:
-                self._thread = Thread(target=self._run, name="petiole-leases", daemon=True)
-                self._thread.start()
+    def keeping(self, lease: str, token: str, tags: Sequence[str], tag_ttl_ms: int) -> Iterator[None]:
+        """Renew a lease, and the versions of tags, while the block runs.
+
+        Arguments:
+            lease, tags: names of keys.
+            tag_ttl_ms: how long the versions must last from now on, at any moment.
+        """
         try:
+            with self._lock:
+                self._held[token] = _Held(lease, tags, tag_ttl_ms)
+                if self._thread is None:
+                    self._thread = Thread(target=self._run, name="petiole-leases", daemon=True)
+                    self._thread.start()
             yield
         finally:
             with self._lock:
@@ -60,15 +76,22 @@ class LeaseKeeper:
         pause = Event()
         while not self._redis.closed:
             pause.wait(self._lease_ms / 3_000)
-            for lease, token in self._due():
+            for token, held in self._due():
                 try:
-                    _RENEW(self._redis.coordination, lease=lease, token=token, lease_ms=self._lease_ms)
+                    _RENEW(
+                        self._redis.coordination,
+                        lease=held.lease,
+                        tags=held.tags,
+                        token=token,
+                        lease_ms=self._lease_ms,
+                        tag_ttl_ms=held.tag_ttl_ms,
+                    )
                 except (*UNAVAILABLE, RuntimeError) as error:  # RuntimeError: closed between the two lines
-                    logger.warning("lease %s was not renewed: %s", lease, error)
+                    logger.warning("lease %s was not renewed: %s", held.lease, error)
 
-    def _due(self) -> list[tuple[str, str]]:
+    def _due(self) -> list[tuple[str, "_Held"]]:
         """Those that were held a round ago already: most loads are done before their first."""
         with self._lock:
-            due = [(lease, token) for token, (lease, seen) in self._held.items() if seen]
-            self._held = {token: (lease, True) for token, (lease, _) in self._held.items()}
+            due = [(token, held) for token, held in self._held.items() if held.seen]
+            self._held = {token: held._replace(seen=True) for token, held in self._held.items()}
         return due

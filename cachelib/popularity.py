@@ -80,7 +80,7 @@ class Popularity:
         for raw in found:
             try:
                 calls.append(msgspec.json.decode(raw, type=tuple[list[Any], dict[str, Any]]))
-            except msgspec.MsgspecError:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                 logger.warning("%s holds %r, which is no call; skipped", self._key, raw[:80])
         return calls
 

@@ -103,7 +103,7 @@ def _url(environment: Mapping[str, str]) -> str | None:
 
 
 _SHOWABLE = re.compile(r"(?:[^\s:/?#@\[\]]*|\[[0-9A-Fa-f:.]+\])(?::\d*)?(?:/[^?#@]*)?(?:\?[^#@]*)?")
-_SECRET = re.compile(r"(?i)\b(password|username)=[^&]*")
+_SECRET = re.compile(r"(?i)([?&][^=&]*(?:passw|secret|token|user|%)[^=&]*)=[^&]*")
 
 
 def without_password(url: str) -> str:

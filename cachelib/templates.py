@@ -55,9 +55,9 @@ class Template:
 class Fingerprint:
     """A digest of all arguments: defaults applied, order and keywords irrelevant, ``1``, ``"1"`` and ``True`` apart."""
 
-    text = "all arguments"
-
-    def __init__(self, signature: inspect.Signature) -> None:
+    def __init__(self, signature: inspect.Signature, prefix: str = "") -> None:
+        self.text = f"{prefix}(all arguments)"
+        self._prefix = prefix
         self._signature = signature
 
     def fill(self, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> str:
@@ -66,7 +66,7 @@ class Fingerprint:
             packed = msgspec.msgpack.encode(bound, order="sorted")
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise TypeError(f"cannot tell calls apart by {bound!r}: {error}; give a key template") from None
-        return blake2b(packed, digest_size=16).hexdigest()
+        return self._prefix + blake2b(packed, digest_size=16).hexdigest()
 
 
 def _bound(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from celery import Celery, Task, shared_task
-from celery.exceptions import TaskPredicate
+from celery.exceptions import SoftTimeLimitExceeded, TaskPredicate
 
 from ..cachelib import MISS, Cache, connect
 from ..cachelib.durations import Duration, milliseconds
@@ -63,16 +63,16 @@ class Memo:
 
 
 class _NoOutcome(BaseException):
-    """Carries a retry, an ignored or a rejected run past the cache: it is no failure that a stale value may cover."""
+    """Carries a retry, an ignored or rejected run, or the end of its time past the cache: a stale value covers none."""
 
-    def __init__(self, said: TaskPredicate) -> None:
+    def __init__(self, said: Exception) -> None:
         self.said = said
 
 
 def _run(body: Callable[[], Any]) -> Any:
     try:
         return body()
-    except TaskPredicate as said:
+    except (TaskPredicate, SoftTimeLimitExceeded) as said:
         raise _NoOutcome(said) from None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from celery import Celery, Task
 from sqlalchemy import event, inspect
@@ -108,6 +108,8 @@ class CommitInvalidation:
     def watch(self, source: SessionSource) -> None:
         """Follow the sessions of a source."""
         is_ours = _membership(source)
+        event.listen(source, "after_commit", self._after_commit)  # first: what is no source is refused here
+        event.listen(source, "after_transaction_end", self._after_transaction_end)
 
         def note(_mapper: object, _connection: object, instance: object) -> None:
             session = object_session(instance)
@@ -123,8 +125,6 @@ class CommitInvalidation:
             for column in {name for template in (*keys, *tags) for name in _columns_in(template)}:
                 # A column that is set without having been read would not know what it was before.
                 event.listen(getattr(model, column), "set", _ignore, active_history=True, propagate=True)
-        event.listen(source, "after_commit", self._after_commit)
-        event.listen(source, "after_transaction_end", self._after_transaction_end)
 
     def _note(self, session: Session, instance: object) -> None:
         for model, (keys, tags) in self._rules.items():
@@ -155,7 +155,7 @@ class CommitInvalidation:
     def _send(self, keys: list[str], tags: list[str]) -> None:
         try:
             wiring.send_at_once(self.task, keywords={"keys": keys, "tags": tags})
-        except wiring.SEND_FAILURES as error:
+        except Exception as error:  # noqa: BLE001 - whatever it was: the data is committed, and the cache is not told
             logger.warning("the broker did not take an invalidation (%s); it is done here instead", error)
             try:
                 self.cache.invalidate(keys=keys, tags=tags)
@@ -225,7 +225,8 @@ def _columns_in(template: str) -> list[str]:
 def _membership(source: SessionSource) -> Callable[[Session], bool]:
     """Whether a session is one of a source."""
     if isinstance(source, Session):
-        return lambda session: session is source
+        watched = ref(source)  # the listeners outlive the session
+        return lambda session: session is watched()
     made_by = source.session_factory if isinstance(source, scoped_session) else source
     kind = made_by.class_ if isinstance(made_by, sessionmaker) else made_by
     return lambda session: isinstance(session, kind)

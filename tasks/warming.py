@@ -12,7 +12,7 @@ from ..cachelib.counters import SharedCounters
 from ..cachelib.decorators import CachedFunction
 from ..cachelib.durations import Duration, milliseconds
 from ..cachelib.popularity import Popularity
-from ..cachelib.templates import signature_of
+from ..cachelib.templates import CallName, Fingerprint, signature_of
 from . import wiring
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class WarmedFunction(CachedFunction[P, T]):
         self,
         function: Callable[P, T],
         cache: Cache,
-        key: str,
+        key: str | CallName,
         *,
         every_ms: int,
         top: int,
@@ -104,7 +104,7 @@ def warmed(
 
     Arguments:
         cache: where results are kept.
-        key: as for ``cached``. Default: the function's name and all its arguments.
+        key: as for ``cached``. Default: ``name`` and all arguments, by value and type.
         every: how often beat warms; the TTL must be longer.
         top: how many calls are kept fresh.
         ttl, stale, tags: as for ``cached``.
@@ -124,15 +124,12 @@ def warmed(
         raise ValueError(f"top must be a whole number of at least 1, not {top!r}")
 
     def decorate(function: Callable[P, T]) -> WarmedFunction[P, T]:
-        template = key
-        if template is None:
-            names = signature_of(function).parameters
-            template = ":".join([function.__qualname__, *(f"{{{argument}}}" for argument in names)])
         chosen = wiring.checked_name(name or f"{function.__module__}.{function.__name__}", "name")
+        calls = Fingerprint(signature_of(function), prefix=f"{chosen}:") if key is None else key
         return WarmedFunction(
             function,
             cache,
-            template,
+            calls,
             every_ms=every_ms,
             top=top,
             app=app,

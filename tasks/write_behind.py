@@ -113,17 +113,23 @@ class WriteBehind:
         Arguments:
             within: begin no further batch after this long.
 
-        Raises SQLAlchemy's and redis-py's errors; no row is lost by them.
+        Raises the first of SQLAlchemy's and redis-py's errors, after every partition had its turn; no row is lost.
         """
         deadline = time.monotonic() + milliseconds(within, "within") / 1_000
         written = 0
+        failures: list[Exception] = []
         for flusher in (self.flusher, *self.flusher.left_over()):
             for partition in range(flusher.buffer.partitions):
-                more = True
-                while more and time.monotonic() < deadline:
-                    flushed = self._flush(partition, flusher, most_batches=1)
-                    written += flushed.rows
-                    more = flushed.more
+                try:
+                    more = True
+                    while more and time.monotonic() < deadline:
+                        flushed = self._flush(partition, flusher, most_batches=1)
+                        written += flushed.rows
+                        more = flushed.more
+                except Exception as error:  # noqa: BLE001 - raised below, after the other partitions had their turn
+                    failures.append(error)
+        if failures:
+            raise failures[0]
         return written
 
     def stats(self) -> WriteBehindStats:
@@ -142,13 +148,14 @@ class WriteBehind:
         """
         if partition is not None:
             return self._flush_partition(partition)
-        for flusher in self.flusher.left_over():
-            for old in range(flusher.buffer.partitions):
-                self._flush(old, flusher)
         waiting = [p for p, length in enumerate(self.buffer.lengths()) if length]
         for other in waiting[1:]:
             self._kick(other)
-        return self._flush_partition(waiting[0]) if waiting else {"rows": 0}
+        flushed = self._flush_partition(waiting[0]) if waiting else {"rows": 0}
+        for flusher in self.flusher.left_over():
+            for old in range(flusher.buffer.partitions):
+                self._flush(old, flusher)
+        return flushed
 
     def _flush_partition(self, partition: int) -> dict[str, int]:
         flushed = self._flush(partition, self.flusher)

@@ -112,7 +112,7 @@ class Buffer:
         """
         try:
             if not self._announced:
-                self._announce()
+                self.announce()
             put = _PUT(
                 self.redis.coordination,
                 stream=self._streams[partition],
@@ -126,6 +126,8 @@ class Buffer:
             raise ServerUnavailable(self.redis.address, error, doing=f"put into buffer {self.name!r}") from error
         if put.id is None:
             raise BufferFull(self.name, partition, put.length)
+        if put.length == 1:
+            self._announced = False  # Redis may have been emptied: say it again, before the next row
         return put.kick
 
     def read(self, partition: int) -> Batch:
@@ -160,8 +162,10 @@ class Buffer:
             self.redis, self.name, partitions=partitions, batch_size=self.batch_size, max_length=self.max_length
         )
 
-    def _announce(self) -> None:
-        """Once per process, before its first row: say in Redis how many partitions this buffer has here.
+    def announce(self) -> None:
+        """Say in Redis how many partitions this buffer has here. Raises redis-py's errors.
+
+        Done before a process's first row, again whenever a partition was empty, and by whoever flushes.
 
         A worker that is given another number learns from it where else there are rows to flush.
         """

@@ -103,5 +103,6 @@ class Flusher:
 
         Positions are kept per number, so they may flush beside this one. Raises redis-py's errors.
         """
+        self.buffer.announce()
         others = [self.buffer.with_partitions(count) for count in self.buffer.partition_counts()]
         return [Flusher(buffer, self.sink) for buffer in others if any(buffer.lengths())]

@@ -5,6 +5,7 @@ are, and so must their positions be. Alembic users add ``positions_table(metadat
 metadata; otherwise it is created when a sink is first flushed.
 """
 
+import secrets
 from typing import Any
 
 import sqlalchemy as sa
@@ -40,6 +41,18 @@ def create(engine: sa.Engine) -> None:
     except DBAPIError:
         if not sa.inspect(engine).has_table(NAME):
             raise
+
+
+def keeps_transactions(engine: sa.Engine) -> bool:
+    """Whether what is rolled back is gone. Not so where every statement commits by itself."""
+    probe = {"buffer": "", "partitions": 0, "partition": -secrets.randbelow(2**31), "version": 0, "marks": "[]"}
+    is_it = sa.and_(_TABLE.c.buffer == "", _TABLE.c.partition == probe["partition"])
+    with engine.connect() as connection:
+        transaction = connection.begin()
+        connection.execute(sa.insert(_TABLE).values(**probe, rows_applied=0, lag_ms=0))
+        transaction.rollback()
+    with engine.begin() as connection:
+        return connection.execute(sa.delete(_TABLE).where(is_it)).rowcount == 0
 
 
 def read(connection: sa.Connection, buffer: str, partition: int, partitions: int) -> Position:

@@ -84,8 +84,14 @@ class SqlSink:
         )
 
     def prepare(self) -> None:
-        """Create the positions table where there is none."""
-        positions.create(self._engine())
+        """Create the positions table where there is none. Raises ``SinkUnfit`` for an engine without transactions."""
+        engine = self._engine()
+        positions.create(engine)
+        if not positions.keeps_transactions(engine):
+            raise SinkUnfit(
+                f"{self!r} commits every statement by itself (AUTOCOMMIT), so rows and their position cannot move "
+                "together; give an engine with transactions"
+            )
 
     def position(self, buffer: str, partition: int, partitions: int) -> Position:
         """How far a partition has come."""

@@ -85,3 +85,18 @@ def test_one_thread_renews_for_a_whole_cache(quick):
         quick.get_or_set(f"k{number}", lambda: 1)
 
     assert repr(quick._keeper) == "<LeaseKeeper [0 held]>"
+
+
+def test_the_tags_of_a_long_load_live_as_long_as_its_value_needs_them(redis, name):
+    """Their versions are kept with the lease: a value is not born invalid because it took long to load."""
+    cache = Cache(redis, namespace=name, ttl=1, lease=0.3)
+    tag = cache.keys.tag("t")
+
+    def slow():
+        redis.coordination.pexpire(tag, 400)
+        Event().wait(0.9)
+        return "slow"
+
+    assert cache.get_or_set("k", slow, tags=["t"]) == "slow"
+    assert cache.get("k") == "slow"
+    assert redis.coordination.pttl(tag) >= redis.coordination.pttl(cache.keys.entry("k"))

@@ -223,3 +223,55 @@ def test_connections_are_made_by_settings_alone():
     with Connections(Settings(url="redis://h:1/2", cache_timeout="250ms")) as redis:
         assert redis.cache_profile.answer_s == redis.cache_profile.connect_s == 0.25
         assert repr(redis) == "<Connections redis://h:1/2 [0 clients]>"
+
+
+def test_the_connection_of_a_thread_ends_with_the_thread(redis_server):
+    """Without waiting for the garbage collector."""
+    import gc
+    from threading import Thread
+
+    with connect(redis_server.url) as redis:
+        redis.coordination.client_setname("watcher")
+
+        def connections() -> int:
+            return sum(client["name"] == "petiole-coordination" for client in redis.coordination.client_list())
+
+        before = connections()
+        gc.disable()
+        try:
+            for _ in range(5):
+                thread = Thread(target=redis.coordination.ping)
+                thread.start()
+                thread.join()
+            left = connections()
+        finally:
+            gc.enable()
+
+    assert left == before
+
+
+def test_a_command_that_a_signal_breaks_off_spoils_no_other(redis_server):
+    """The connection is closed, because nobody knows what is still to come on it."""
+    import signal
+    from contextlib import suppress
+
+    class BrokenOff(Exception):
+        pass
+
+    def break_off(*_: object) -> None:
+        raise BrokenOff
+
+    before = signal.signal(signal.SIGALRM, break_off)
+    try:
+        with connect(redis_server.url) as redis:
+            client = redis.coordination
+            for number in range(300):
+                with suppress(BrokenOff):
+                    signal.setitimer(signal.ITIMER_REAL, 0.00005 + number % 20 * 0.00001)
+                    for _ in range(20):
+                        client.echo("old")
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                assert client.echo(f"new {number}") == f"new {number}".encode()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

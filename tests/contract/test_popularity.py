@@ -177,3 +177,14 @@ def test_what_cannot_be_sent_is_dropped(key, caplog):
     assert "not sent" in caplog.text
     assert "s3cret" not in caplog.text
     assert "[0 not sent]" in repr(popularity)
+
+
+def test_what_is_no_call_is_skipped_and_stops_nothing(redis, name):
+    """Anybody may write to Redis: not JSON, not UTF-8, or nested without end."""
+    popularity = Popularity(redis, f"petiole:test:{name}", top=10)
+    popularity.note(["a"], {})
+    popularity.send()
+    for junk in (b"{", b'[["\xff"],{}]', b"[" * 100_000):
+        redis.coordination.zadd(f"petiole:test:{name}", {junk: 5})
+
+    assert popularity.take() == [(["a"], {})]

@@ -229,3 +229,38 @@ def test_changing_the_number_of_partitions_strands_no_row(
 
     assert sorted(written(sink.engine)) == [(k, 0) for k in range(6)]
     assert before.stats().waiting == 0
+
+
+def test_a_number_of_partitions_that_redis_forgot_is_told_again(
+    redis: Connections, name: str, app: Celery, sink: SqlSink
+) -> None:
+    """Redis may be emptied while a producer goes on; its rows are found all the same."""
+    producer = WriteBehind(redis, name, sink, app=app, partitions=1)
+    producer.put({"k": 1, "n": 0})
+    redis.coordination.delete(*redis.coordination.keys(f"petiole:*{name}*"))
+    producer.put({"k": 2, "n": 0})
+    producer.put({"k": 3, "n": 0})
+    after = WriteBehind(redis, name, sink, app=Celery("after", set_as_current=False), partitions=2)
+
+    assert after.flush() == 2
+
+
+def test_a_row_that_stops_one_partition_stops_no_other(
+    redis: Connections, name: str, app: Celery, engine: sa.Engine
+) -> None:
+    """Neither when beat asks, nor when a worker drains; the error is raised all the same."""
+    table = sa.Table(
+        "log", sa.MetaData(), sa.Column("k", sa.Integer), sa.Column("n", sa.Integer), sa.CheckConstraint("n < 9")
+    )
+    table.create(engine)
+    sink = SqlSink(engine, table, mode="append")
+    before = WriteBehind(redis, name, sink, app=app, partitions=1)
+    before.put({"k": 0, "n": 100})
+    after = WriteBehind(redis, name, sink, app=Celery("after", set_as_current=False), partitions=2)
+    for k in range(1, 7):
+        after.put({"k": k, "n": 0})
+
+    with pytest.raises(sa.exc.IntegrityError):
+        after.flush()
+    assert sorted(written(engine)) == [(k, 0) for k in range(1, 7)]
+    assert before.stats().waiting == 1

@@ -367,3 +367,18 @@ def test_the_positions_table_is_created_where_there_is_none(engine: sa.Engine) -
     sink.prepare()
 
     assert sa.inspect(engine).has_table("petiole_positions")
+
+
+def test_an_engine_that_commits_every_statement_is_refused(engine: sa.Engine) -> None:
+    """Rows and position could not move together, and a row that fails would count as applied."""
+    table = created(engine, sa.Column("n", sa.Integer))
+    autocommit = sa.create_engine(engine.url, isolation_level="AUTOCOMMIT")
+    try:
+        with pytest.raises(SinkUnfit, match="AUTOCOMMIT"):
+            SqlSink(autocommit, table, mode="append").prepare()
+    finally:
+        autocommit.dispose()
+
+    with engine.connect() as connection:
+        assert connection.scalar(sa.text("SELECT count(*) FROM petiole_positions")) == 0
+    SqlSink(engine, table, mode="append").prepare()

@@ -565,3 +565,24 @@ def test_a_cache_is_made_on_first_use_where_none_is_given(
     assert [task("north"), task("north")] == [1, 1]
     task.invalidate("north")
     task.memo.cache(app).redis.close()
+
+
+def test_the_end_of_its_time_is_not_covered_by_a_stale_value(
+    celery_session_app: Celery, cache: Cache, name: str
+) -> None:
+    """A task that is told to end has to hear it."""
+    from celery.exceptions import SoftTimeLimitExceeded
+
+    values = iter(["old"])
+
+    @memoized_task(app=celery_session_app, cache=cache, key="k", ttl=1, stale=60, name=f"{name}.slow")
+    def slow() -> str:
+        try:
+            return next(values)
+        except StopIteration:
+            raise SoftTimeLimitExceeded from None
+
+    assert slow() == "old"
+    cache.redis.coordination.pexpire(cache.keys.entry(f"{name}.slow:k"), 30_000)
+    with pytest.raises(SoftTimeLimitExceeded):
+        slow()

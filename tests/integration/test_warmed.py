@@ -381,3 +381,15 @@ def test_it_is_called_as_the_function_itself(post: WarmedFunction[[str], int]) -
     assert post.__name__ == "post"
     assert post("a") == 1
     assert post("a") == 1
+
+
+def test_by_default_different_calls_have_different_keys(cache: Cache, name: str) -> None:
+    """Whatever stands in their arguments, and of whatever type it is."""
+
+    @warmed(cache, every=1, name=name)
+    def page(first: object, second: object = None) -> list[object]:
+        return [first, second]
+
+    calls = [("x:y", "z"), ("x", "y:z"), (1, None), ("1", None), (True, None)]
+
+    assert [page(*call) for call in calls] == [list(call) for call in calls]

@@ -139,3 +139,11 @@ def test_a_password_is_not_shown_where_it_broke_the_url(url):
     """A password that nobody quoted is the usual reason for a bad URL, and must not come out in the message."""
     assert "s3cret" not in without_password(url)
     assert "s3cret" not in repr(Settings(url=url))
+
+
+@pytest.mark.parametrize(
+    "query", ["ssl_password=s3cret", "sslpassword=s3cret&x=1", "x=1&auth_token=s3cret", "p%61ssword=s3cret"]
+)
+def test_no_secret_in_the_query_is_shown(query: str) -> None:
+    """By whatever name it goes."""
+    assert "s3cret" not in without_password(f"rediss://h:1/0?{query}")
