@@ -4,6 +4,7 @@ What is acknowledged is in a stream; it leaves the stream only after the sink ha
 of the reader is in the sink's database, so a group would add nothing to safety, and cost a round trip.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ def _entry(id_: bytes, fields: list[bytes]) -> Entry:
     return Entry(EntryId.parse(id_.decode()), named.get(b"r", b"").decode(), named.get(b"d", b""))
 
 
+_ANNOUNCE_EVERY_S = 60.0
 _ANNOUNCED_MS = 90 * 86_400_000  # rows that are older than this are not left over from a deployment
 
 _PUT = load(__package__, "buffer_put", _put_reply)
@@ -95,7 +97,7 @@ class Buffer:
         self.max_length = max_length
         self._streams = keys.streams(name, partitions)
         self._counts = keys.partition_counts(name)
-        self._announced = False
+        self._announce_at = 0.0
 
     def __repr__(self) -> str:
         return f"<Buffer {self.name!r} [{self.partitions} partitions] at {self.redis.address}>"
@@ -105,13 +107,13 @@ class Buffer:
         return crc32(identity) % self.partitions
 
     def put(self, partition: int, payload: bytes) -> bool:
-        """Append one row, in one round trip. Returns whether a batch has just become full.
+        """Append one row, in one round trip (once a minute two). Returns whether a batch has just become full.
 
         Raises ``BufferFull``; ``ServerFull`` when Redis has no memory for the row; ``ServerUnavailable`` when nobody
         knows whether it is in the buffer.
         """
         try:
-            if not self._announced:
+            if time.monotonic() >= self._announce_at:
                 self.announce()
             put = _PUT(
                 self.redis.coordination,
@@ -126,8 +128,6 @@ class Buffer:
             raise ServerUnavailable(self.redis.address, error, doing=f"put into buffer {self.name!r}") from error
         if put.id is None:
             raise BufferFull(self.name, partition, put.length)
-        if put.length == 1:
-            self._announced = False  # Redis may have been emptied: say it again, before the next row
         return put.kick
 
     def read(self, partition: int) -> Batch:
@@ -165,7 +165,8 @@ class Buffer:
     def announce(self) -> None:
         """Say in Redis how many partitions this buffer has here. Raises redis-py's errors.
 
-        Done before a process's first row, again whenever a partition was empty, and by whoever flushes.
+        Done before a process's first row, every minute after that (Redis may have been emptied), and by whoever
+        looks for rows that are left over.
 
         A worker that is given another number learns from it where else there are rows to flush.
         """
@@ -173,4 +174,4 @@ class Buffer:
         pipeline.sadd(self._counts, self.partitions)
         pipeline.pexpire(self._counts, _ANNOUNCED_MS)
         pipeline.execute()
-        self._announced = True
+        self._announce_at = time.monotonic() + _ANNOUNCE_EVERY_S

@@ -38,7 +38,8 @@ class SqlSink:
     Promises: each batch is in the table exactly once, or not at all, whatever is killed, however many flush.
 
     Not yet: the modes ``upsert`` and ``max``, deletes, dead letters (a row that the database refuses, although
-    it fits the table's definition, stops its partition: nothing is lost, and nothing behind it is written),
+    it fits the table's definition, or a sum that leaves its column's range, stops its partition: nothing is lost,
+    and nothing behind it is written),
     COPY for large batches.
 
     Arguments:

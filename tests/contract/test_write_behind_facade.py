@@ -232,9 +232,10 @@ def test_changing_the_number_of_partitions_strands_no_row(
 
 
 def test_a_number_of_partitions_that_redis_forgot_is_told_again(
-    redis: Connections, name: str, app: Celery, sink: SqlSink
+    redis: Connections, name: str, app: Celery, sink: SqlSink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Redis may be emptied while a producer goes on; its rows are found all the same."""
+    monkeypatch.setattr("petiole.cachelib.write_behind.buffer._ANNOUNCE_EVERY_S", 0.0)
     producer = WriteBehind(redis, name, sink, app=app, partitions=1)
     producer.put({"k": 1, "n": 0})
     redis.coordination.delete(*redis.coordination.keys(f"petiole:*{name}*"))
