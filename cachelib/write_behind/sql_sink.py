@@ -39,8 +39,7 @@ class SqlSink:
 
     Not yet: the modes ``upsert`` and ``max``, deletes, dead letters (a row that the database refuses, although
     it fits the table's definition, or a sum that leaves its column's range, stops its partition: nothing is lost,
-    and nothing behind it is written),
-    COPY for large batches.
+    and nothing behind it is written), COPY for large batches.
 
     Arguments:
         engine: a SQLAlchemy engine for SQLite or PostgreSQL. After a fork the child makes connections of its own.
