@@ -9,6 +9,13 @@ BIN    := $(VENV)/bin
 PACKAGE := $(shell find __init__.py celeryconfig.py py.typed cachelib coordination tasks -name '*.py' -o -name '*.lua' -o -name 'py.typed' 2>/dev/null | sort)
 STAMP   := $(VENV)/ready-$(shell { echo $(PACKAGE); cat pyproject.toml; } | cksum | cut -d' ' -f1)
 
+# The libraries that we are measured beside are only installed for that.
+BENCH   := $(VENV)/bench-$(shell cksum < pyproject.toml | cut -d' ' -f1)
+
+ONLY     ?=
+PLOT     ?=
+MARKDOWN ?=
+
 LOG    ?=
 KILL   ?= 0
 KEEP   ?=
@@ -33,8 +40,8 @@ check: $(STAMP) ## lint, types, import rules, architecture
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m pytest -q tests/architecture
 
-bench: $(STAMP) ## measure the round trips, as ratios to the floor
-	@$(BIN)/python -m benchmarks
+bench: $(BENCH) ## measure beside others; ONLY=cache|memory|stampede|writes, PLOT=path.svg, MARKDOWN=path.md
+	@$(BIN)/python -m benchmarks --only '$(ONLY)' --plot '$(PLOT)' --markdown '$(MARKDOWN)'
 
 clean: ## remove what was made
 	rm -rf $(VENV) build dist *.egg-info
@@ -47,4 +54,9 @@ $(STAMP): pyproject.toml
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@rm -rf build $(VENV)/ready-*
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=strict -e '.[dev]'
+	@touch $@
+
+$(BENCH): | $(STAMP)
+	@rm -f $(VENV)/bench-*
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=strict -e '.[bench]'
 	@touch $@

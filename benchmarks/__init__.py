@@ -1,1 +1,1 @@
-"""Measurements, as ratios to the floor of the same run. Shown, never asserted: see README.md."""
+"""Measurements, as ratios to the floor of the same run. Shown, never asserted: see docs/benchmarks.md."""

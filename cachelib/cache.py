@@ -1,65 +1,56 @@
 """The cache: values in Redis that are never left stale and never take the application down.
 
-The life of a read: one script call returns the entry and the versions of its tags, and takes the lease when
-there is no entry. The holder of the lease loads and fills; everybody else is served the stale value, or
-waits to be woken. The invariant that all of it keeps: **a value is stored only by a load whose lease nobody
-has voided since the load began** (leases: Nishtala et al., "Scaling Memcache at Facebook", NSDI 2013).
+This file is its face. Reading is in ``reading.py``, loading under a lease in ``loading.py``, what is said to Redis in
+``entry_store.py``, what an entry is in ``entry.py``.
 """
 
-import logging
 import random
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import Enum
-from typing import Any, Final, NamedTuple, TypeVar
-
-import msgspec
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar, Unpack
 
 from . import entry as entries
 from . import keys as key_names
 from .connections import UNAVAILABLE, Connections
 from .counters import Counters
 from .durations import Duration, milliseconds
-from .entry import Envelope, Freshness, Undecodable
-from .entry_store import EntryStore, Look, Take
-from .errors import EntryNotCounter, LoaderRecursion, ServerUnavailable, ValueNotCacheable
-from .leases import LeaseKeeper
-from .stats import Stats
-from .waiting import Waiting
-
-logger = logging.getLogger(__name__)
+from .entry import Freshness
+from .entry_store import EntryStore, Take, Write
+from .errors import EntryNotCounter, ServerUnavailable
+from .formats import Codec, Pickle, Undecodable
+from .listener import listener_of
+from .loading import Call, Loading, Request, checked_tags
+from .missing import MISS
+from .near import Near, NearStore
+from .policy import Options, Policies, Policy
+from .reading import Reader, Reading
+from .remembered import Remembered, Unsent
+from .stats import Explanation, Stats
 
 T = TypeVar("T")
 
+_NOT_COUNTABLE = ("not an integer", "WRONGTYPE", "would overflow")
+_MOST_TRIES = 3  # of a conditional write that others disturb
 
-class Miss(Enum):
-    """The one value that is never cached."""
 
-    MISS = "MISS"
+@dataclass(frozen=True, slots=True)
+class Versioned(Generic[T]):
+    """A value and what tells it from every other that the key may hold. See ``Cache.compare_and_set``."""
+
+    value: T
+    version: str
+
+
+class Guard:
+    """Leases of keys whose values are being read somewhere. Made by ``Cache.guard``."""
+
+    def __init__(self, readings: Mapping[str, Reading], tags: Sequence[str]) -> None:
+        self.readings = readings
+        self.tags = tags
 
     def __repr__(self) -> str:
-        return "MISS"
-
-    def __bool__(self) -> bool:
-        return False
-
-
-MISS: Final = Miss.MISS
-"""What ``get`` returns for what is not cached. ``None`` is a value like any other."""
-
-_NOT_COUNTABLE = ("not an integer", "WRONGTYPE", "would overflow")
-_MOST_LEASES = 4  # waited for another's load, before a caller loads for itself
-
-
-class _Reading(NamedTuple):
-    """A look at an entry, and what it means."""
-
-    freshness: Freshness
-    value: Any
-    envelope: Envelope | None
-    look: Look
+        return f"<Guard of {sorted(self.readings)}>"
 
 
 class Cache:
@@ -69,99 +60,132 @@ class Cache:
     >>> cache.get_or_set("user:1", load_user, ttl=60, stale=600, tags=["users"])
 
     Promises:
-        - After ``invalidate`` or ``delete`` returned, no ``get_or_set`` that began to load before it can put its
-          value back. (``set`` with tags has no such guard: it cannot know when its value was read.)
-        - Of all processes that miss one key, one loads; the others are woken when it is there. A holder that
-          dies delays the next load by ``lease`` at most.
-        - Reading and setting never raise because Redis is slow or away: a read is a miss, within the timeout of
-          ``Settings.cache_timeout``, and ``get_or_set`` loads. What could not be removed is raised, because a
-          stale entry that nobody knows of is worse than an error.
-        - Every entry expires, up to a tenth earlier than asked for, so that they do not expire together.
+        - *Never stale.* After ``invalidate``, ``delete`` or ``clear`` returned, no load that began before can put its
+          value back: not inline, in a thread, early, or in a worker, not through ``get_or_set_many`` or a ``guard``,
+          and not into the near cache of this process. (A plain ``set`` says what the value is now: it has no load to
+          check.)
+        - *One load.* Of all processes that miss one key, one loads; the others are woken when it is there, and its
+          threads wait without a command. A holder that dies delays the next load by ``lease`` at most.
+        - *The application survives Redis.* No call raises because Redis is slow or away: a read is a miss, within
+          ``Settings.cache_timeout``, then at once while the circuit breaker is open; ``get_or_set`` loads. What could
+          not be invalidated is remembered and sent when Redis is back, and until then not served by this process.
+        - *Every entry expires*, up to a tenth earlier than asked for, so that they do not expire together.
 
-    Not yet: a near cache in the process, early refresh, refresh outside the caller, a circuit breaker (each
-    call waits for its own timeout while Redis hangs), remembered invalidations, Cluster. Values come back as
-    MessagePack has them: tuples and sets as lists, ``Decimal`` and ``UUID`` as text, dataclasses as dicts.
+    Non-promises: While Redis is away, other processes may serve what this one has invalidated, until it is told; what
+    is remembered is lost with the process (a log line says so). A near cache of *another* process serves the old value
+    for as long as the word takes to get there, usually below a millisecond, and at most a second. A loader that reads
+    from a database replica that lags behind caches what the replica has.
 
     Arguments:
         redis: from ``connect``.
         namespace: keeps the keys of several caches apart. Any text.
-        ttl: how long an entry is fresh, where the call does not say. Seconds, ``timedelta`` or "5m".
         lease: how long a load is waited for whose process has died. A load that runs longer keeps its lease.
+        near: keep what is read in this process's memory too: ``Near(max_entries=10_000)``, or True.
+        format: "msgpack", "json", ``Pickle(secret)``, or a ``Codec`` that says more.
+        strict: raise ``ServerUnavailable`` where otherwise the call would go on without Redis.
+        options: how values are loaded and kept, where a call does not say; see ``Options``. TTL: 300 s.
+
+    Raises ``ValueError`` or ``TypeError`` for what cannot be meant.
     """
 
-    def __init__(self, redis: Connections, *, namespace: str, ttl: Duration = 300, lease: Duration = 10) -> None:
+    def __init__(
+        self,
+        redis: Connections,
+        *,
+        namespace: str,
+        lease: Duration = 10,
+        near: Near | bool | None = None,
+        format: Literal["msgpack", "json"] | Pickle | Codec = "msgpack",
+        strict: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
         self.redis = redis
         self.namespace = namespace
         self.keys = key_names.CacheKeys(namespace)
-        self.ttl_ms = milliseconds(ttl, "ttl")
-        self._lease_ms = milliseconds(lease, "lease")
+        self.strict = strict
+        self._codec = format if isinstance(format, Codec) else Codec(format)
+        self.policies = Policies(Policy().changed(options), self._codec.check_type)
         self._counters = Counters()
-        self._waiting = Waiting(redis)
-        self._keeper = LeaseKeeper(redis, self._lease_ms)
-        self._loading = threading.local()
-        self._store = EntryStore(redis, self.keys, self._lease_ms)
+        lease_ms = milliseconds(lease, "lease")
+        self._store = EntryStore(redis, self.keys, lease_ms)
+        self._remembered = Remembered(redis, _Sending(self._store, self.keys), f"cache {namespace!r}")
+        self._near: NearStore | None = None
+        if near:
+            if redis.is_cluster:
+                raise ValueError(f"near caches are not supported on a Cluster ({redis.address}) yet; leave out near=")
+            self._near = NearStore(
+                Near() if near is True else near,
+                entry_prefix=self.keys.entry_prefix,
+                tag_prefix=self.keys.tag_prefix,
+                watch=listener_of(redis).watch,
+            )
+        self._reader = Reader(
+            redis, self.keys, self._store, self._codec, self._counters, self._remembered, self._near, strict=strict
+        )
+        self._loading = Loading(
+            redis, self.keys, self._store, self._codec, self._reader, self._counters, self._remembered, lease_ms
+        )
 
     def __repr__(self) -> str:
         stats = self.stats()
-        return f"<Cache {self.namespace!r} at {self.redis.address} [hit ratio {stats.hit_ratio:.0%}]>"
+        trouble = f", breaker {stats.breaker}" if stats.breaker != "closed" else ""
+        trouble += f", {stats.unsent} invalidations not sent" if stats.unsent else ""
+        return f"<Cache {self.namespace!r} at {self.redis.address} [hit ratio {stats.hit_ratio:.0%}{trouble}]>"
+
+    @property
+    def ttl_ms(self) -> int:
+        """How long a value is fresh, where a call does not say."""
+        return self.policies.default.ttl_ms
 
     # Reading
 
-    def get(self, key: str, default: T | None = None) -> Any | T:
+    def get(self, key: str, default: T | None = None, *, type: Any = Any) -> Any | T:
         """The value of a key, fresh or stale; ``default`` when it is not cached.
 
-        One round trip; two for an entry with tags, whose versions are looked up once the entry names them.
-        Pass ``MISS`` as the default to tell a cached ``None`` from a miss.
+        One round trip, none from the near cache; two for an entry with tags, whose versions are looked up once the
+        entry names them. Pass ``MISS`` as the default to tell a cached ``None`` from a miss. A cached exception is a
+        miss here. ``type``: what the value is to be restored as; see ``Options``.
         """
-        return self.get_many([key]).get(key, default)
+        if self._near is not None and (value := self._reader.near_value(key, type)) is not MISS:
+            return value
+        return self._get_from_redis([key], type).get(key, default)
 
-    def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
+    def get_many(self, keys: Iterable[str], *, type: Any = Any) -> dict[str, Any]:
         """The values of those keys that are cached. One round trip, and one more if some have tags."""
-        names = {key: self.keys.entry(key) for key in _listed(keys, "keys")}
-        if not names:
-            return {}
+        wanted = list(dict.fromkeys(_listed(keys, "keys")))
+        found: dict[str, Any] = {}
+        if self._near is not None:
+            near = {key: self._reader.near_value(key, type) for key in wanted}
+            found = {key: value for key, value in near.items() if value is not MISS}
+        left = [key for key in wanted if key not in found]
+        if left:
+            found |= self._get_from_redis(left, type)
+        return {key: found[key] for key in wanted if key in found}
+
+    def get_versioned(self, key: str, *, type: Any = Any) -> Versioned[Any] | None:
+        """The value of a key with its version, for ``compare_and_set``; None when it is not cached. Asks Redis."""
+        reading = self._one(key)
+        if reading is None or reading.entry is None or reading.freshness is Freshness.GONE or reading.raised:
+            return None
         try:
-            stored = self._store.read_many(list(names.values()))
-            decoded = {
-                key: (*self._decoded(key, raw), left_ms)
-                for key, (raw, left_ms) in zip(names, stored, strict=True)
-                if raw is not None
-            }
-            tags = sorted({tag for envelope, _, _ in decoded.values() if envelope for tag in envelope.tags})
-            versions = self._store.tag_versions(tags)
-        except UNAVAILABLE as error:
-            self._degraded("get", error)
-            self._counters.add("misses", len(names))
-            return {}
-        found = {}
-        for key, (envelope, value, left_ms) in decoded.items():
-            if value is MISS:
-                continue
-            freshness = entries.judge(envelope, left_ms, versions)
-            if freshness is not Freshness.GONE:
-                self._counters.add("hits" if freshness is Freshness.FRESH else "stale")
-                found[key] = value
-        self._counters.add("misses", len(names) - len(found))
-        return found
+            return Versioned(self._reader.value(reading, type), reading.entry.token)
+        except Undecodable:
+            return None
 
     def exists(self, key: str) -> bool:
-        """Whether a key is stored. Does not look at its tags; False when Redis does not answer."""
-        name = self.keys.entry(key)
-        try:
-            return bool(self.redis.cache.exists(name))
-        except UNAVAILABLE as error:
-            self._degraded("exists", error)
-            return False
+        """Whether a key has a value that may be served, fresh or stale. False when Redis does not answer."""
+        reading = self._one(key)
+        return reading is not None and reading.freshness is not Freshness.GONE
+
+    def ttl(self, key: str) -> float | None:
+        """For how many seconds a key stays fresh; 0.0 for a stale one, None for one that is not cached."""
+        reading = self._one(key)
+        if reading is None or reading.freshness is Freshness.GONE:
+            return None
+        return entries.fresh_left_ms(reading.entry, reading.look.left_ms) / 1_000
 
     def get_or_set(
-        self,
-        key: str,
-        loader: Callable[[], T],
-        *,
-        ttl: Duration | None = None,
-        stale: Duration = 0,
-        tags: Sequence[str] = (),
-        wait: Duration | None = None,
+        self, key: str, loader: Callable[[], T], *, tags: Sequence[str] = (), **options: Unpack[Options]
     ) -> T:
         """The cached value, or that of ``loader``, which is then cached.
 
@@ -169,95 +193,74 @@ class Cache:
 
         Arguments:
             key: any text of up to 1,024 bytes.
-            loader: called without arguments, by one process at a time; what it returns is cached, also None.
-                What it raises reaches the caller, unless there is a stale value to serve instead.
-            ttl: how long the value is fresh (the soft TTL).
-            stale: how long after that it may still be served while one caller loads a new one; that caller
-                waits for it. Stored for ``ttl + stale`` in all (the hard TTL).
+            loader: called without arguments, by one process at a time; what it returns is cached, also None. It may
+                return ``Loaded(value, ttl=..., tags=...)`` to say more. What it raises reaches the caller, unless there
+                is a stale value to serve instead.
             tags: groups that the entry belongs to; invalidating one of them removes it.
-            wait: how long to wait for another's load; after that, this caller loads for itself, and what it
-                loads is not stored. Default: four leases.
+            options: see ``Options``; those of the cache where not given.
 
-        A hit costs one round trip, a miss two; a stale or invalidated entry costs one more. Raises
-        ``LoaderRecursion`` when the loader asks for the same key, and ``ValueNotCacheable`` for a value without
-        MessagePack form.
+        A hit costs one round trip (none from the near cache), a miss two; a stale or invalidated entry one more. Raises
+        ``LoaderRecursion`` when the loader asks for the same key, ``LoadTimedOut`` after ``hard_timeout``, and
+        ``ValueNotCacheable`` for a value that has no form in the cache's format.
         """
-        ttl_ms = self.ttl_ms if ttl is None else milliseconds(ttl, "ttl")
-        stale_ms = milliseconds(stale, "stale", zero_allowed=True)
-        tags = _listed(tags, "tags")
-        name = self.keys.entry(key)
-        wait_ms = self._lease_ms * _MOST_LEASES if wait is None else milliseconds(wait, "wait", zero_allowed=True)
-        deadline = time.monotonic() + wait_ms / 1_000
-        waited = False
-        while True:
-            reading = self._look(key, name, tags, ttl_ms + stale_ms, Take.IF_GONE)
-            if reading is None:
-                self._counters.add("misses")
-                return self._load(key, loader)[0]
-            if reading.freshness is Freshness.FRESH:
-                self._counters.add("hits")
-                return reading.value  # type: ignore[no-any-return]
-            if reading.look.lease == 0:  # stale, or stored but invalidated: the lease was not asked for yet
-                take = Take.ALWAYS if reading.freshness is Freshness.STALE else Take.OR_WAIT
-                reading = self._look(key, name, tags, ttl_ms + stale_ms, take) or reading
-                if reading.freshness is Freshness.FRESH:  # somebody filled it between the two looks
-                    self._counters.add("hits")
-                    if reading.look.lease == 1:
-                        self._give_back(name, reading.look.token)
-                    return reading.value  # type: ignore[no-any-return]
-            if reading.look.lease == 1:
-                self._counters.add("stale" if reading.freshness is Freshness.STALE else "misses")
-                return self._load_and_fill(key, name, loader, reading, ttl_ms, stale_ms)
-            if reading.freshness is Freshness.STALE:
-                self._counters.add("stale")
-                return reading.value  # type: ignore[no-any-return]
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                # Whoever loads is neither done nor dead. Do not hang with a loader that hangs.
-                self._counters.add("misses")
-                return self._load(key, loader)[0]
-            self._refuse_recursion(key)
-            if not waited:
-                waited = True
-                self._counters.add("waits")
-            look = reading.look
-            self._waiting.wait(key_names.wake(name, look.holder), min(left_s, -look.lease / 1_000))
+        policy = self.policies.of(options)
+        if self._near is not None and (value := self._reader.near_value(key, policy.type)) is not MISS:
+            return value  # type: ignore[no-any-return]
+        return self._loading.value(Request(key, loader, policy, _listed(tags, "tags")))  # type: ignore[no-any-return]
+
+    def get_or_set_many(
+        self,
+        keys: Iterable[str],
+        loader: Callable[[list[str]], Mapping[str, T]],
+        *,
+        tags: Sequence[str] = (),
+        **options: Unpack[Options],
+    ) -> dict[str, T]:
+        """The cached values of several keys, and those of one call of ``loader`` for all that are missing.
+
+        >>> cache.get_or_set_many(["user:1", "user:2"], load_users, tags=["users"])
+
+        Arguments:
+            loader: is given the keys that nobody has and nobody else is loading, and returns their values by key (each
+                may be a ``Loaded``). A key that it leaves out is left out of the result, and not cached.
+            tags, options: as for ``get_or_set``; the timeouts, ``early`` and ``refresh`` do not apply: what is stale is
+                loaded with what is missing, in the caller.
+
+        One round trip where all are there, two with misses, three with stale ones. What another is loading is waited
+        for, after ours has been stored. Duplicate keys count once.
+        """
+        policy = self.policies.of(options)
+        wanted = list(dict.fromkeys(_listed(keys, "keys")))
+        found: dict[str, Any] = {}
+        if self._near is not None:
+            near = {key: self._reader.near_value(key, policy.type) for key in wanted}
+            found = {key: value for key, value in near.items() if value is not MISS}
+        left = [key for key in wanted if key not in found]
+        found |= self._loading.values(left, loader, policy, _listed(tags, "tags")) if left else {}
+        return {key: found[key] for key in wanted if key in found}
 
     def refresh(
         self,
         key: str,
         loader: Callable[[], T],
         *,
-        ttl: Duration | None = None,
-        stale: Duration = 0,
         tags: Sequence[str] = (),
         unless_fresh_for: Duration = 0,
+        token: str = "",
+        **options: Unpack[Options],
     ) -> bool:
         """Load a key anew, under its lease, although it may still be fresh.
 
         Arguments: as for ``get_or_set``, and
             unless_fresh_for: leave an entry alone that stays fresh for longer than this. 0: always load.
+            token: of the lease that a ``Refresh`` carries, to go on with it.
 
         Returns whether a value was loaded and stored. It is not when another process is loading the key,
         the entry is fresh enough, the key was invalidated meanwhile, or Redis does not answer.
         """
-        ttl_ms = self.ttl_ms if ttl is None else milliseconds(ttl, "ttl")
-        stale_ms = milliseconds(stale, "stale", zero_allowed=True)
-        tags = _listed(tags, "tags")
+        request = Request(key, loader, self.policies.of(options), _listed(tags, "tags"))
         enough_ms = milliseconds(unless_fresh_for, "unless_fresh_for", zero_allowed=True)
-        name = self.keys.entry(key)
-        if enough_ms:
-            reading = self._look(key, name, tags, ttl_ms + stale_ms, Take.NOTHING)
-            if reading is None:
-                return False
-            fresh = reading.freshness is Freshness.FRESH
-            if fresh and entries.fresh_left_ms(reading.envelope, reading.look.left_ms) > enough_ms:
-                return False
-        reading = self._look(key, name, tags, ttl_ms + stale_ms, Take.ALWAYS)
-        if reading is None or reading.look.lease != 1:
-            return False
-        value, load_ms = self._load_under(key, name, loader, reading, ttl_ms + stale_ms)
-        return self._fill(key, name, reading, value, load_ms, ttl_ms, stale_ms)
+        return self._loading.refresh(request, unless_fresh_for_ms=enough_ms, token=token)
 
     # Writing
 
@@ -267,39 +270,126 @@ class Cache:
         value: object,
         *,
         ttl: Duration | None = None,
-        stale: Duration = 0,
+        stale: Duration | None = None,
         tags: Sequence[str] = (),
     ) -> bool:
         """Store a value; a load of the key that is under way will not overwrite it.
 
-        Arguments: as for ``get_or_set``. Returns whether Redis has it. One round trip, two with tags.
+        Arguments: as for ``get_or_set``. Returns whether Redis has it. One round trip. It says what the value *is*: for
+        what was read from a database, and may be out of date already, use ``get_or_set``, ``refresh`` or ``guard``.
         """
-        return self.set_many({key: value}, ttl=ttl, stale=stale, tags=tags)
+        return self._set({key: value}, ttl, stale, tags)
 
     def set_many(
         self,
         values: Mapping[str, object],
         *,
         ttl: Duration | None = None,
-        stale: Duration = 0,
+        stale: Duration | None = None,
         tags: Sequence[str] = (),
+        guard: Guard | None = None,
     ) -> bool:
-        """Store several values in one round trip (two with tags). All or none; returns which."""
-        ttl_ms = self.ttl_ms if ttl is None else milliseconds(ttl, "ttl")
-        stale_ms = milliseconds(stale, "stale", zero_allowed=True)
-        tags = _listed(tags, "tags")
+        """Store several values in one round trip. All or none (on a Cluster: per slot); returns whether all are.
+
+        With ``guard``, each only if nothing has invalidated it since the guard was taken.
+        """
         if not values:
             return True
-        names = [self.keys.entry(key) for key in values]
+        if guard is None:
+            return self._set(values, ttl, stale, tags)
+        policy, tags = self._policy(ttl, stale), tuple(dict.fromkeys((*guard.tags, *_listed(tags, "tags"))))
+        readings = [guard.readings[key] for key in values if key in guard.readings]
+        stored = self._loading.fill_many(readings, values, policy, tags, 0) if readings else set()
+        self._drop_near(keys=values)
+        return len(stored) == len(values)
+
+    @contextmanager
+    def guard(self, keys: Iterable[str], *, tags: Sequence[str] = ()) -> Iterator[Guard]:
+        """Take the leases of keys *before* their values are read, so that only what is still true is stored after.
+
+        >>> with cache.guard(["user:1", "user:2"], tags=["users"]) as guard:
+        ...     users = read_users([1, 2])
+        ...     cache.set_many(users, guard=guard)
+
+        While it is open, others who miss the keys wait for it. Keys that somebody else is loading are not guarded, and
+        not stored.
+        """
+        wanted = list(dict.fromkeys(_listed(keys, "keys")))
+        names = [self.keys.entry(key) for key in wanted]
+        tags = _listed(tags, "tags")
+        readings = self._reader.look(wanted, names, tags, Take.ALWAYS) if wanted else []
+        leased = [reading for reading in readings or [] if reading.leased]
+        if not leased:
+            yield Guard({}, tags)
+            return
         try:
-            versions = self._store.make_tag_versions(tags, ttl_ms + stale_ms)
-            payloads = [self._encoded(k, v, stale_ms, 0, versions) for k, v in values.items()]
-            ttls_ms = [entries.jittered(ttl_ms, random.random()) + stale_ms for _ in names]
-            self._store.set_many(names, payloads, ttls_ms)
-        except UNAVAILABLE as error:
-            self._degraded("set", error)
+            with self._loading.keeper.keeping([reading.name for reading in leased], leased[0].look.token):
+                yield Guard({reading.key: reading for reading in leased}, tags)
+        finally:
+            try:  # those that were stored have no lease any more, and are not touched
+                self._store.give_back([reading.name for reading in leased], leased[0].look)
+            except UNAVAILABLE as error:
+                self._reader.degraded("guard", error)
+
+    def add(
+        self,
+        key: str,
+        value: object,
+        *,
+        ttl: Duration | None = None,
+        stale: Duration | None = None,
+        tags: Sequence[str] = (),
+    ) -> bool:
+        """Store a value only where there is none. Of several who try, one is told True. One round trip."""
+        for _ in range(_MOST_TRIES):
+            if self._set({key: value}, ttl, stale, tags, expected=""):
+                return True
+            reading = self._one(key)
+            if reading is None or reading.freshness is not Freshness.GONE:
+                return False
+            if reading.look.stored is None:
+                continue
+            # Stored, but invalidated, or unreadable: as good as nothing, unless somebody has replaced it since.
+            if self._set({key: value}, ttl, stale, tags, expected=_token_of(reading)):
+                return True
+        return False
+
+    def replace(
+        self,
+        key: str,
+        value: object,
+        *,
+        ttl: Duration | None = None,
+        stale: Duration | None = None,
+        tags: Sequence[str] = (),
+    ) -> bool:
+        """Store a value only where there is one that may be served. Returns whether it was. Two round trips."""
+        for _ in range(_MOST_TRIES):
+            reading = self._one(key)
+            if reading is None or reading.freshness is Freshness.GONE:
+                return False
+            if self._set({key: value}, ttl, stale, tags, expected=_token_of(reading)):
+                return True
+        return False
+
+    def compare_and_set(
+        self,
+        key: str,
+        value: object,
+        version: str,
+        *,
+        ttl: Duration | None = None,
+        stale: Duration | None = None,
+        tags: Sequence[str] = (),
+    ) -> bool:
+        """Store a value only if the key still holds what ``get_versioned`` returned. Returns whether it was.
+
+        Not if it was written, deleted or invalidated since. Two round trips.
+        """
+        reading = self._one(key)
+        if reading is None or reading.freshness is Freshness.GONE or _token_of(reading) != version:
             return False
-        return True
+        return self._set({key: value}, ttl, stale, tags, expected=version)
 
     def incr(self, key: str, by: int = 1, *, ttl: Duration | None = None) -> int | None:
         """Add to a whole number; a new one starts at 0 and gets the TTL in the same step.
@@ -319,206 +409,307 @@ class Cache:
         except UNAVAILABLE as error:
             if any(why in str(error) for why in _NOT_COUNTABLE):
                 raise EntryNotCounter(key) from None
-            self._degraded("incr", error)
+            self._reader.degraded("incr", error)
             return None
+        finally:
+            self._drop_near(keys=[key])
 
-    def expire(self, key: str, ttl: Duration) -> bool:
-        """Give a stored entry a new time until it is gone. Returns whether there was one.
+    def decr(self, key: str, by: int = 1, *, ttl: Duration | None = None) -> int | None:
+        """Take from a whole number; see ``incr``. It may become negative."""
+        if not isinstance(by, int) or isinstance(by, bool):
+            raise TypeError(f"by must be a whole number, not {by!r}")
+        return self.incr(key, -by, ttl=ttl)
 
-        A stale window that it was stored with counts backwards from there.
+    def touch(self, key: str, ttl: Duration | None = None) -> bool:
+        """Give a fresh value a new TTL from now. Returns whether there was one; a stale one stays as it is."""
+        return self._touched(key, ttl) is not None
+
+    def getex(self, key: str, ttl: Duration | None = None, default: T | None = None, *, type: Any = Any) -> Any | T:
+        """The value of a key, giving it a new TTL from now if it is fresh. One round trip, two with tags."""
+        reading = self._touched(key, ttl, stale_too=True)
+        return default if reading is None else self._value_of(reading, default, type)
+
+    def getdel(self, key: str, default: T | None = None, *, type: Any = Any) -> Any | T:
+        """Take a value out: of several who try, one gets it. Voids a load of the key that is under way.
+
+        ``default`` when it is not cached, and when Redis does not answer; then it may be gone or not.
         """
-        ttl_ms = milliseconds(ttl, "ttl")
         name = self.keys.entry(key)
         try:
-            return bool(self.redis.cache.pexpire(name, ttl_ms))
+            reading = self._reader.judged(key, name, self._store.take_out(name))
         except UNAVAILABLE as error:
-            self._degraded("expire", error)
-            return False
+            self._reader.degraded("getdel", error)
+            return default
+        finally:
+            self._drop_near(keys=[key])
+        return self._value_of(reading, default, type)
 
     # Removing
 
-    def delete(self, *keys: str) -> int:
+    def expire(self, key: str) -> bool:
+        """Make a value stale, but keep it as long as it was to be served stale: for when a new one cannot be loaded.
+
+        Voids a load of the key that is under way. One without a stale window is deleted. Returns whether there was one.
+        """
+        name = self.keys.entry(key)
+        self._counters.add("invalidations")
+        try:
+            return self._store.expire(name)
+        except UNAVAILABLE as error:
+            self._remember(Unsent(expired={key: None}), error, "expire", self.strict)
+            return False
+        finally:
+            self._drop_near(keys=[key])
+
+    def delete(self, *keys: str, strict: bool | None = None) -> int:
         """Remove keys, and void the loads of them that are under way. Returns how many were stored.
 
-        One round trip. Raises ``ServerUnavailable`` when Redis does not answer: what could not be removed would
-        be served.
+        One round trip. When Redis does not answer it is remembered and sent later, and 0 returned.
         """
-        if not keys:
-            return 0
-        return self._remove([self.keys.entry(key) for key in keys])
+        return self.invalidate(keys=keys, strict=strict) if keys else 0
 
-    def invalidate(self, *, keys: Iterable[str] = (), tags: Iterable[str] = (), matching: str | None = None) -> int:
+    def invalidate(
+        self,
+        *,
+        keys: Iterable[str] = (),
+        tags: Iterable[str] = (),
+        matching: str | None = None,
+        strict: bool | None = None,
+    ) -> int:
         """Remove what changed: by key, by tag, by pattern.
 
         >>> cache.invalidate(keys=["user:1"], tags=["users"], matching="post:list:*")
 
         Arguments:
             keys: removed, with the loads of them that are under way.
-            tags: every entry that names one of them is gone at once, however many there are (their version
-                is dropped; a missing version is an invalid one).
+            tags: every entry that names one of them is gone at once, however many there are, and so is every load that
+                is under way: one write for all of them.
             matching: a pattern with ``*``, ``?`` and ``[...]``. Found with SCAN and removed in batches, without
                 blocking others; it looks at every key of the server, twice, so it is a tool for people and
                 migrations. Prefer tags.
+            strict: raise ``ServerUnavailable`` when Redis does not answer, and remember nothing. Default: the cache's.
 
-        Returns how many keys and tags were removed. Raises ``ServerUnavailable`` when Redis does not answer.
+        Returns how many keys and tags were removed; 0 when Redis does not answer: then it is remembered, and sent when
+        it does.
         """
-        names = [self.keys.entry(key) for key in _listed(keys, "keys")]
-        dropped = list(_listed(tags, "tags"))
-        for tag in dropped:
-            self.keys.tag(tag)  # refuses what is no tag, before anything is removed
-        pattern = None if matching is None else self.keys.matching(matching)
-        removed = self._remove(names) if names else 0
-        if dropped:
-            with self._raising("invalidate tags"):
-                removed += self._store.drop_tags(dropped)
-        if pattern is not None:
-            removed += self._remove_matching(pattern)
-        return removed
+        unsent = Unsent(
+            keys=dict.fromkeys(_listed(keys, "keys")),
+            tags=dict.fromkeys(_listed(tags, "tags")),
+            patterns={} if matching is None else {matching: None},
+        )
+        for key in unsent.keys:  # refuses what is none, before anything is removed
+            self.keys.entry(key)
+        for tag in unsent.tags:
+            self.keys.tag(tag)
+        return self._invalidate(unsent, "invalidate", strict)
+
+    def clear(self, *, strict: bool | None = None) -> None:
+        """Invalidate everything in this namespace, and every load that is under way: one write, whatever its size.
+
+        The memory is freed as the entries expire. Other namespaces are not touched.
+        """
+        self._invalidate(Unsent(everything=True), "clear", strict)
 
     # Looking at it
 
     def stats(self) -> Stats:
-        """Counts of this process."""
+        """Counts of this process, and how things stand."""
         counts = self._counters.read()
-        return Stats(**{name: counts.get(name, 0) for name in Stats.__slots__})
+        near = self._near.stats if self._near is not None else None
+        now: dict[str, Any] = {
+            "unsent": len(self._remembered),
+            "near_entries": near.entries if near else 0,
+            "near_bytes": near.bytes if near else 0,
+            "breaker": self.redis.breaker.state,
+        }
+        known: dict[str, Any] = {name: counts.get(name, 0) for name in Stats.__slots__}
+        return Stats(**known | now)
+
+    def explain(self, key: str) -> Explanation:
+        """Why a key is served or is not, for a person who asks. Two round trips; changes nothing.
+
+        Raises ``ServerUnavailable`` when Redis does not answer.
+        """
+        from .explaining import explained
+
+        try:
+            return explained(
+                key,
+                keys=self.keys,
+                store=self._store,
+                redis=self.redis,
+                near=self._near,
+                unsent=self._remembered.any and self._remembered.covers(key),
+            )
+        except UNAVAILABLE as error:
+            raise ServerUnavailable(self.redis.address, error, doing="explain") from error
 
     # Inside
 
-    def _look(self, key: str, name: str, tags: Sequence[str], stored_ms: int, take: Take) -> _Reading | None:
-        """One look at an entry. None when Redis does not answer."""
-        try:
-            look = self._store.look(name, tags, stored_ms, take)
-            if look.stored is None:
-                return _Reading(Freshness.GONE, MISS, None, look)
-            envelope, value = self._decoded(key, look.stored)
-            if value is MISS:
-                return _Reading(Freshness.GONE, MISS, None, look)
-            versions = look.tag_versions
-            if more := entries.missing_tags(tags, envelope):
-                versions = {**versions, **self._store.tag_versions(more)}
-        except UNAVAILABLE as error:
-            self._degraded("get_or_set", error)
-            return None
-        return _Reading(entries.judge(envelope, look.left_ms, versions), value, envelope, look)
+    def call(self, key: str, loader: Callable[[], T], policy: Policy, tags: Sequence[str], call: Call) -> T:
+        """``get_or_set`` for a call that a refresher can make elsewhere, with options that were checked before."""
+        if self._near is not None and (value := self._reader.near_value(key, policy.type)) is not MISS:
+            return value  # type: ignore[no-any-return]
+        return self._loading.value(Request(key, loader, policy, tags, call))  # type: ignore[no-any-return]
 
-    def _load_and_fill(
-        self, key: str, name: str, loader: Callable[[], T], reading: _Reading, ttl_ms: int, stale_ms: int
-    ) -> T:
-        try:
-            value, load_ms = self._load_under(key, name, loader, reading, ttl_ms + stale_ms)
-        except Exception:
-            if reading.freshness is Freshness.STALE:
-                logger.warning("loader of %r failed; the stale value is served", key, exc_info=True)
-                return reading.value  # type: ignore[no-any-return]
-            raise
-        self._fill(key, name, reading, value, load_ms, ttl_ms, stale_ms)
-        return value
-
-    def _load_under(
-        self, key: str, name: str, loader: Callable[[], T], reading: _Reading, stored_ms: int
-    ) -> tuple[T, int]:
-        """Load while holding the lease; give it back if that fails."""
-        tags = [self.keys.tag(tag) for tag in reading.look.tag_versions]
-        try:
-            with self._keeper.keeping(key_names.lease(name), reading.look.token, tags, self._lease_ms + stored_ms):
-                return self._load(key, loader)
-        except BaseException:
-            self._give_back(name, reading.look.token)
-            raise
-
-    def _load(self, key: str, loader: Callable[[], T]) -> tuple[T, int]:
-        """The loader's value, and how many milliseconds it took."""
-        with self._not_twice(key):
-            started = time.perf_counter()
-            value = loader()
-            load_ms = int((time.perf_counter() - started) * 1_000)
-        self._counters.add("loads")
-        self._counters.add("load_ms", load_ms)
-        return value, load_ms
-
-    def _fill(
-        self, key: str, name: str, reading: _Reading, value: object, load_ms: int, ttl_ms: int, stale_ms: int
+    def refresh_call(
+        self,
+        key: str,
+        loader: Callable[[], Any],
+        policy: Policy,
+        tags: Sequence[str],
+        *,
+        unless_fresh_for: Duration,
+        token: str,
     ) -> bool:
-        look = reading.look
-        guards = {tag: version for tag, version in look.tag_versions.items() if version is not None}
+        """``refresh`` with options that were checked before."""
+        enough_ms = milliseconds(unless_fresh_for, "unless_fresh_for", zero_allowed=True)
+        return self._loading.refresh(Request(key, loader, policy, tags), unless_fresh_for_ms=enough_ms, token=token)
+
+    def _one(self, key: str) -> Reading | None:
+        readings = self._reader.read([key], near=False)
+        return readings[0] if readings else None
+
+    def _get_from_redis(self, keys: Sequence[str], type: Any) -> dict[str, Any]:
+        readings: Sequence[Reading] | None = None
+        if len(keys) > 1:
+            readings = self._reader.read(keys, plain=type is Any)
+        elif (only := self._reader.read_one(keys[0], plain=type is Any)) is not None:
+            readings = [only]
+        found: dict[str, Any] = {}
+        for reading in readings or ():
+            if reading.freshness is Freshness.GONE or reading.raised:
+                continue
+            try:
+                found[reading.key] = self._reader.value(reading, type)
+            except Undecodable:
+                continue
+            self._counters.add("hits" if reading.freshness is Freshness.FRESH else "stale")
+        if len(found) < len(keys):
+            self._counters.add("misses", len(keys) - len(found))
+        return found
+
+    def _value_of(self, reading: Reading, default: Any, type: Any) -> Any:
+        if reading.freshness is not Freshness.GONE and not reading.raised:
+            try:
+                value = self._reader.value(reading, type)
+            except Undecodable:
+                return default
+            self._counters.add("hits" if reading.freshness is Freshness.FRESH else "stale")
+            return value
+        self._counters.add("misses")
+        return default
+
+    def _policy(self, ttl: Duration | None, stale: Duration | None) -> Policy:
+        given: dict[str, Any] = {name: value for name, value in (("ttl", ttl), ("stale", stale)) if value is not None}
+        return self.policies.of(given)
+
+    def _set(
+        self,
+        values: Mapping[str, object],
+        ttl: Duration | None,
+        stale: Duration | None,
+        tags: Sequence[str],
+        *,
+        expected: str = "*",
+    ) -> bool:
+        policy, tags = self._policy(ttl, stale), _listed(tags, "tags")
+        checked_tags(tags, self.keys)
+        bodies: dict[str, bytes] = {}
+        ttls_ms = []
+        for key, value in values.items():
+            name = self.keys.entry(key)
+            ttl_ms = policy.ttl_ms if policy.ttl_of is None else policy.ttls_ms(value)[0]
+            ttl_ms = entries.jittered(ttl_ms, random.random())
+            body, _ = self._loading.body(key, name, value, tags, ttl_ms=ttl_ms)
+            bodies[name] = body
+            ttls_ms.append(ttl_ms + policy.stale_ms)
         try:
-            payload = self._encoded(key, value, stale_ms, load_ms, guards)
-        except ValueNotCacheable:
-            self._give_back(name, look.token)
-            raise
-        try:
-            stored = self._store.fill(name, look.token, payload, entries.jittered(ttl_ms, random.random()) + stale_ms)
+            return self._store.set(Write(bodies, ttls_ms, policy.stale_ms, tags), expected=expected)
         except UNAVAILABLE as error:
-            self._degraded("fill", error)
+            self._reader.degraded("set", error)
             return False
-        if not stored:
-            self._counters.add("refused")
-        return stored
-
-    def _give_back(self, name: str, token: str) -> None:
-        try:
-            self._store.give_back(name, token)
-        except UNAVAILABLE as error:
-            self._degraded("give a lease back", error)
-
-    def _remove(self, names: Sequence[str]) -> int:
-        with self._raising("delete"):
-            return self._store.delete(names)
-
-    def _remove_matching(self, pattern: str) -> int:
-        """Remove what matches now, and what a load puts back that began before now.
-
-        A load that is under way has a lease; if its lease is there during the whole first pass, it is found and
-        voided; if not, the load filled the entry during the first pass, and the entry is there during the whole
-        second one.
-        """
-        with self._raising("invalidate by pattern"):
-            return sum(self._store.delete(names) for _ in range(2) for names in self._store.matching(pattern))
-
-    def _encoded(self, key: str, value: object, stale_ms: int, load_ms: int, tags: Mapping[str, str]) -> bytes:
-        created_ms = int(time.time() * 1_000)
-        try:
-            if value is MISS:
-                raise TypeError("MISS stands for what is not cached")
-            return entries.encode(value, created_ms=created_ms, stale_ms=stale_ms, load_ms=load_ms, tags=tags)
-        except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
-            raise ValueNotCacheable(key, value, error) from None
-
-    def _decoded(self, key: str, stored: bytes) -> tuple[Envelope | None, Any]:
-        """Envelope and value; ``MISS`` for what cannot be read, which is counted and never raised."""
-        try:
-            return entries.decode(stored)
-        except Undecodable as error:
-            self._counters.add("errors")
-            logger.warning("the entry of %r cannot be read (%s) and counts as a miss", key, error)
-            return None, MISS
-
-    @contextmanager
-    def _not_twice(self, key: str) -> Iterator[None]:
-        """Notes that this thread loads a key, and refuses to load it inside its own load."""
-        self._refuse_recursion(key)
-        loading: set[str] = self._loading.__dict__.setdefault("keys", set())
-        loading.add(key)
-        try:
-            yield
         finally:
-            loading.discard(key)
+            self._drop_near(keys=values)
 
-    def _refuse_recursion(self, key: str) -> None:
-        if key in self._loading.__dict__.get("keys", ()):
-            raise LoaderRecursion(key)
-
-    @contextmanager
-    def _raising(self, doing: str) -> Iterator[None]:
+    def _touched(self, key: str, ttl: Duration | None, *, stale_too: bool = False) -> Reading | None:
+        ttl_ms = self.ttl_ms if ttl is None else milliseconds(ttl, "ttl")
+        name = self.keys.entry(key)
+        tags: Sequence[str] = ()
         try:
-            yield
+            for _ in range(_MOST_TRIES):
+                look, touched = self._store.touch(name, ttl_ms, tags)
+                reading = self._reader.judged(key, name, look)
+                known = reading.entry is None or set(reading.entry.tags) <= set(tags)
+                if touched or reading.freshness is not Freshness.FRESH or known:
+                    break
+                tags = reading.entry.tags if reading.entry else ()
         except UNAVAILABLE as error:
-            self._counters.add("errors")
-            raise ServerUnavailable(self.redis.address, error, doing=doing) from error
+            self._reader.degraded("touch", error)
+            return None
+        served = reading.freshness is Freshness.FRESH or (stale_too and reading.freshness is Freshness.STALE)
+        return reading if served else None
 
-    def _degraded(self, doing: str, error: BaseException) -> None:
+    def _invalidate(self, unsent: Unsent, doing: str, strict: bool | None) -> int:
+        self._counters.add("invalidations", len(unsent))
+        try:
+            return _send(self._store, self.keys, unsent)
+        except UNAVAILABLE as error:
+            self._remember(unsent, error, doing, self.strict if strict is None else strict)
+            return 0
+        finally:
+            # After Redis, or what was read there before would come in here behind our back.
+            everything = unsent.everything or bool(unsent.patterns)
+            self._drop_near(keys=unsent.keys, tags=unsent.tags, everything=everything)
+
+    def _remember(self, unsent: Unsent, error: BaseException, doing: str, strict: bool) -> None:
         self._counters.add("errors")
-        logger.warning("cache %r: %s went on without Redis at %s: %s", self.namespace, doing, self.redis.address, error)
+        if strict:
+            raise ServerUnavailable(self.redis.address, error, doing=doing) from error
+        self._counters.add("remembered", len(unsent))
+        self._remembered.add(unsent, error)
+
+    def _drop_near(self, keys: Iterable[str], tags: Iterable[str] = (), *, everything: bool = False) -> None:
+        if self._near is None:
+            return
+        if everything:
+            self._near.clear()
+        for key in keys:
+            self._near.drop(key)
+        for tag in tags:
+            self._near.drop_tag(tag)
+
+
+class _Sending:
+    """Tells Redis of invalidations that were remembered, without keeping the cache alive."""
+
+    def __init__(self, store: EntryStore, keys: key_names.CacheKeys) -> None:
+        self._store = store
+        self._keys = keys
+
+    def __call__(self, unsent: Unsent) -> object:
+        return _send(self._store, self._keys, unsent)
+
+
+def _send(store: EntryStore, keys: key_names.CacheKeys, unsent: Unsent) -> int:
+    """Tell Redis of invalidations. Returns how many keys and tags were removed; raises redis-py's errors."""
+    removed = store.delete([keys.entry(key) for key in unsent.keys]) if unsent.keys else 0
+    for key in unsent.expired:
+        removed += store.expire(keys.entry(key))
+    if tags := [*unsent.tags, *([entries.WHOLE] if unsent.everything else [])]:
+        removed += store.drop(tags)
+    for pattern in unsent.patterns:
+        # A load that is under way has a lease; if its lease is there during the whole first pass, it is found and
+        # voided; if not, the load filled the entry during the first pass, and the second one finds it.
+        removed += sum(store.delete(names) for _ in range(2) for names in store.matching(keys.matching(pattern)))
+    return removed
+
+
+def _token_of(reading: Reading) -> str:
+    """The token of an entry, also of one whose body cannot be read."""
+    if reading.entry is not None:
+        return reading.entry.token
+    return (reading.look.stored or b"")[entries.TOKEN].decode("ascii", "replace")
 
 
 C = TypeVar("C", bound=Iterable[str])

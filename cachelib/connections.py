@@ -6,30 +6,42 @@ for a minute, and repeat what was sent). Hence the profiles. No profile retries:
 knows it, and does it.
 """
 
+import inspect
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from threading import Lock
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
+from redis.connection import Connection, ConnectionPool, SSLConnection, UnixDomainSocketConnection, parse_url
 from redis.exceptions import RedisError
 from redis.retry import Retry
+from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 
-from .client import ThreadClient
+from .breaker import Breaker
+from .client import UNAVAILABLE as UNAVAILABLE
+from .client import (
+    Circuit,
+    Circuits,
+    ClusterClient,
+    Node,
+    SlotMap,
+    ThreadClient,
+    named,
+    slot_of_key,
+)
 from .durations import milliseconds
 from .embedded import EmbeddedServer
 from .errors import ServerUnavailable
 from .forks import renew_after_fork
-from .settings import Settings, without_password
+from .settings import Address, Settings, without_password
 
-UNAVAILABLE = (RedisError, OSError)
-"""What redis-py raises when the server is away or hangs, the connection broke, or the server refuses: it has no memory
-left, is a replica, cannot persist, is loading."""
-
-_SCHEMES = ("redis", "rediss", "unix", "embedded")
+_SENTINEL_OPTIONS = {"sentinel_username": "username", "sentinel_password": "password"}
 _EVICTION_SAFE = ("noeviction", "volatile-")
 
 
@@ -78,11 +90,16 @@ class Connections:
         self.settings = settings
         self.url = server.url if server else settings.url
         self.address = without_password(self.url)
-        self.cache_profile = Profile(
-            "cache",
-            answer_s=milliseconds(settings.cache_timeout, "cache_timeout") / 1_000,
-            connect_s=milliseconds(settings.cache_timeout, "cache_timeout") / 1_000,
-        )
+        timeout_ms = milliseconds(settings.cache_timeout, "cache_timeout")
+        self.cache_profile = Profile("cache", answer_s=timeout_ms / 1_000, connect_s=timeout_ms / 1_000)
+        self.breaker = Circuits(lambda: Breaker(probe_ms=max(1_000, 4 * timeout_ms)))
+        """Leaves servers alone that do not answer: the client of the cache asks it, the others do not.
+        ``breaker.state`` is ``"closed"``, ``"open"`` or ``"half-open"``."""
+        self._where = Address.read(self.url)
+        self.is_cluster = self._where.kind == "cluster"
+        """Whether the keys are spread over the nodes of a cluster."""
+        self._slots = SlotMap(self._where.nodes) if self.is_cluster else None
+        self._options = _options(self._where, self.address)
         self._server = server
         self._clients: dict[Profile, redis.Redis] = {}
         self._lock = Lock()
@@ -102,16 +119,36 @@ class Connections:
             if self._closed:
                 raise RuntimeError(f"{self!r} was closed; connect again")
             if profile not in self._clients:
-                self._clients[profile] = ThreadClient.from_url(
-                    self.url,
-                    socket_timeout=profile.answer_s,
-                    socket_connect_timeout=profile.connect_s,
-                    **({} if self.url.startswith("unix:") else {"socket_keepalive": True}),
-                    health_check_interval=profile.health_check_s,
-                    retry=Retry(NoBackoff(), 0),
-                    client_name=f"petiole-{profile.name}",
-                )
+                self._clients[profile] = self._new_client(profile)
             return self._clients[profile]
+
+    def _new_client(self, profile: Profile) -> "redis.Redis":
+        circuits = self.breaker if profile == self.cache_profile else None
+        options = _times(profile) | {"client_name": f"petiole-{profile.name}"} | self._options
+        if options.get("connection_class") is not UnixDomainSocketConnection:
+            options.setdefault("socket_keepalive", True)
+        if self._slots is not None:
+            return ClusterClient(self._slots, lambda node: _node_client(node, options, circuits), circuits)
+        circuit = circuits.of(self.address) if circuits else None
+        if self._where.kind == "sentinel":
+            return _sentinel_client(self._where, options, profile, circuit)
+        return _owned(ConnectionPool(**options), circuit)
+
+    def slot(self, name: str) -> int:
+        """The cluster's slot of a key; 0 where there is no cluster, for there all keys are in one place."""
+        return slot_of_key(name) if self.is_cluster else 0
+
+    def scan(self, pattern: str, count: int = 1_000) -> Iterator[bytes]:
+        """The keys that match a pattern, of every primary where there are several, by SCAN.
+
+        A key may come twice, and one that is made meanwhile may be left out; so may one whose slot is moved to
+        another node meanwhile.
+
+        Arguments:
+            pattern: as SCAN takes it.
+            count: how many keys the server looks at per round trip.
+        """
+        yield from self.coordination.scan_iter(match=pattern, count=count)
 
     @property
     def cache(self) -> "redis.Redis":
@@ -134,31 +171,33 @@ class Connections:
         return self.client(BLOCKING)
 
     def health(self) -> Health:
-        """Ask the server how it is, in two round trips.
+        """Ask the server how it is, in two round trips; of a cluster, every primary.
 
         Raises ``ServerUnavailable``, with the address that was tried, when it does not answer.
         """
         client = self.coordination
         try:
+            asked = client.primaries() if isinstance(client, ClusterClient) else [client]
             started = time.perf_counter()
-            client.ping()
+            asked[0].ping()
             latency_ms = (time.perf_counter() - started) * 1_000
-            facts: dict[str, Any] = client.info()
+            all_facts: list[dict[str, Any]] = [one.info() for one in asked]
         except UNAVAILABLE as error:
             raise ServerUnavailable(self.address, error, doing="health check") from None
+        facts = all_facts[0]
         valkey = facts.get("valkey_version")
-        eviction = str(facts.get("maxmemory_policy", "unknown"))
-        warnings = []
-        if not eviction.startswith(_EVICTION_SAFE):
-            warnings.append(
-                f"maxmemory-policy is {eviction}: Redis may evict buffers that hold unflushed writes; "
-                "use noeviction for them, and a server of its own for a cache that is to be evicted"
-            )
+        policies = sorted({str(one.get("maxmemory_policy", "unknown")) for one in all_facts})
+        warnings = [
+            f"maxmemory-policy is {policy}: Redis may evict buffers that hold unflushed writes; "
+            "use noeviction for them, and a server of its own for a cache that is to be evicted"
+            for policy in policies
+            if not policy.startswith(_EVICTION_SAFE)
+        ]
         return Health(
             address=self.address,
             server=f"valkey {valkey}" if valkey else f"redis {facts.get('redis_version', 'unknown')}",
             latency_ms=round(latency_ms, 3),
-            eviction=eviction,
+            eviction=", ".join(policies),
             warnings=tuple(warnings),
         )
 
@@ -191,13 +230,23 @@ class Connections:
 
 
 def connect(url: str | None = None, *, settings: Settings | None = None) -> Connections:
-    """Reach a Redis or Valkey server.
+    """Reach a Redis or Valkey server, a cluster, or the primary that sentinels name.
 
     >>> redis = connect("redis://localhost:6379/0")
 
     Arguments:
-        url: ``redis://``, ``rediss://`` (TLS), ``unix://`` (socket) or ``embedded://``, which starts a server
-            for this process alone, gone with it. Default: what ``Settings.read()`` finds.
+        url: one of these. Default: what ``Settings.read()`` finds.
+
+            - ``redis://user:password@host:6379/0``, or ``rediss://`` with TLS
+            - ``unix:///path/to/socket?db=0``
+            - ``redis+cluster://user:password@host1:7000,host2:7001``: nodes to ask first
+            - ``redis+sentinel://user:password@host1:26379,host2:26379/mymaster/0``: the sentinels, the name of the
+              primary, the database; ``sentinel_username`` and ``sentinel_password`` in the query, if they want any
+            - ``rediss+cluster://`` and ``rediss+sentinel://``: with TLS, to sentinels and servers alike
+            - ``embedded://``: starts a server for this process alone, gone with it
+
+            Options of redis-py's connections stand in the query: ``?protocol=2``, ``?ssl_ca_certs=/path/ca.pem``,
+            ``?ssl_certfile=...&ssl_keyfile=...``. What is said there about times counts for every profile.
         settings: instead of what ``Settings.read()`` finds.
 
     Nothing is sent before the first command; ``connect(...).health()`` tells at once whether a server is
@@ -208,19 +257,89 @@ def connect(url: str | None = None, *, settings: Settings | None = None) -> Conn
     settings = settings or Settings.read()
     if url is not None:
         settings = Settings(**{**settings.__dict__, "url": url})
-    scheme, separator, _ = settings.url.partition("://")
-    if not separator or scheme not in _SCHEMES:
-        raise ValueError(
-            f"{without_password(settings.url)!r} is not a Redis URL; "
-            f"it starts with one of {', '.join(f'{s}://' for s in _SCHEMES)}"
-        )
-    if scheme == "embedded":
+    if Address.read(settings.url).kind == "embedded":
         return Connections(settings, EmbeddedServer.start())
-    try:
-        urlsplit(settings.url).port  # noqa: B018 - reading it is what checks it
-    except ValueError:  # whose text may hold a part of the password
-        raise ValueError(
-            f"{without_password(settings.url)!r} is not a Redis URL: the port is no number; "
-            "in a password, write / ? # @ : as %2F %3F %23 %40 %3A"
-        ) from None
     return Connections(settings)
+
+
+class _Sentinels(Sentinel):
+    """redis-py's sentinels, each asked once, the one that answered last before the others.
+
+    redis-py swaps them in place, which two threads cannot do at once, and asks for all that they know of all primaries.
+    The question here is the one that Sentinel has for clients, and names a new primary earlier.
+    """
+
+    def discover_master(self, service_name: str) -> Node:
+        """The address of the primary. Raises ``MasterNotFoundError`` when no sentinel tells."""
+        failures = []
+        sentinels = self.sentinels
+        for sentinel in sentinels:
+            try:
+                found: Any = sentinel.sentinel_get_master_addr_by_name(service_name)
+            except UNAVAILABLE as error:
+                failures.append(f"{type(error).__name__}: {error}")
+                continue
+            if found:
+                if sentinel is not sentinels[0]:
+                    self.sentinels = [sentinel, *(other for other in sentinels if other is not sentinel)]
+                host, port = found
+                return host.decode() if isinstance(host, bytes) else str(host), int(port)
+            failures.append("one does not know the name")
+        raise MasterNotFoundError(f"no sentinel names the primary of {service_name!r} ({'; '.join(failures)})")
+
+
+def _times(profile: Profile) -> dict[str, Any]:
+    """What a connection of redis-py is told about waiting. It never retries."""
+    return {
+        "socket_timeout": profile.answer_s,
+        "socket_connect_timeout": profile.connect_s,
+        "health_check_interval": profile.health_check_s,
+        "retry": Retry(NoBackoff(), 0),
+    }
+
+
+def _owned(pool: ConnectionPool, circuit: Circuit | None) -> ThreadClient:
+    client = ThreadClient(connection_pool=pool, circuit=circuit)
+    client.auto_close_connection_pool = True
+    return client
+
+
+def _node_client(node: Node, options: dict[str, Any], circuits: Circuits | None) -> ThreadClient:
+    host, port = node
+    pool = ConnectionPool(**(options | {"host": host, "port": port}))
+    return _owned(pool, circuits.of(named(node)) if circuits else None)
+
+
+def _sentinel_client(
+    where: Address, options: dict[str, Any], profile: Profile, circuit: Circuit | None
+) -> ThreadClient:
+    common = {name: value for name, value in options.items() if name not in ("host", "port", *_SENTINEL_OPTIONS)}
+    secure = common.pop("connection_class", Connection) is SSLConnection
+    own = {theirs: options[ours] for ours, theirs in _SENTINEL_OPTIONS.items() if ours in options}
+    lookup = {name: value for name, value in common.items() if name not in ("username", "password", "db")}
+    lookup |= {"socket_timeout": lookup["socket_timeout"] or profile.connect_s, "ssl": secure} | own
+    sentinels = _Sentinels(where.nodes, sentinel_kwargs=lookup)  # type: ignore[no-untyped-call]
+    return _owned(SentinelConnectionPool(where.service, sentinels, ssl=secure, **common), circuit)
+
+
+def _options(where: Address, shown: str) -> dict[str, Any]:
+    """The options of a URL, as redis-py reads them. Raises ``ValueError`` for one that no connection takes."""
+    options: dict[str, Any] = parse_url(where.url)
+    kind = options.get("connection_class", Connection)
+    extra = {"max_connections"} | (_SENTINEL_OPTIONS.keys() if where.kind == "sentinel" else set())
+    known = {name for one in kind.__mro__ for name in inspect.signature(one.__init__).parameters}
+    known = known - {"self", "args", "kwargs"} | extra
+    for name, _ in parse_qsl(urlsplit(where.url).query, keep_blank_values=True):
+        if name == "decode_responses":
+            raise ValueError(f"{shown!r}: Petiole stores bytes and reads them itself; leave decode_responses out")
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "redis-py's connections take no such option"
+            if name.startswith("ssl_") and kind is not SSLConnection:
+                hint = "ssl_ options go with rediss://"
+            raise ValueError(f"{shown!r}: unknown option {name!r}; {hint}")
+    try:
+        kind(**{name: value for name, value in options.items() if name not in ("connection_class", *extra)})
+    except RedisError as error:  # a value that the connection itself checks
+        raise ValueError(f"{shown!r} is not a Redis URL: {error}") from None
+    return options

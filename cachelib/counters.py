@@ -5,9 +5,11 @@ invalidation) is counted in Redis, where every process and Flower can read it.
 """
 
 import logging
+import threading
 from collections import Counter
-from collections.abc import Mapping
-from threading import Lock
+from collections.abc import Callable, Mapping
+from threading import Lock, Thread, current_thread
+from weakref import ref
 
 from . import keys
 from .connections import UNAVAILABLE, Connections
@@ -21,18 +23,30 @@ _KEPT_MS = 7 * 86_400_000  # counters that nobody touched for a week say nothing
 _ADD = load(__package__, "counters_add", int)
 
 
+class _Mine(threading.local):
+    """The counts of one thread, which it alone changes; so counting needs no lock."""
+
+    def __init__(self, join: "Callable[[dict[str, int]], None]") -> None:
+        self.counts: dict[str, int] = {}
+        join(self.counts)
+
+
 class Counters:
     """Named counts of this process. Threads may add at once."""
 
+    _MANY_THREADS = 64
+
     def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
+        self._everyone: list[tuple[ref[Thread], dict[str, int]]] = []
+        self._ended: Counter[str] = Counter()
         self._lock = Lock()
+        self._mine = _Mine(self._join)
         renew_after_fork(self)
 
     def add(self, name: str, amount: int = 1) -> None:
         """Add to one count."""
-        with self._lock:
-            self._counts[name] += amount
+        counts = self._mine.counts
+        counts[name] = counts.get(name, 0) + amount
 
     def renew_after_fork(self) -> None:
         """Make the lock anew. The counts go on from the parent's."""
@@ -41,7 +55,21 @@ class Counters:
     def read(self) -> dict[str, int]:
         """All counts so far."""
         with self._lock:
-            return dict(self._counts)
+            total = self._ended.copy()
+            for _, counts in list(self._everyone):
+                total.update(dict(counts))
+            return dict(total)
+
+    def _join(self, counts: dict[str, int]) -> None:
+        """Note the counts of a thread that begins; add up those of threads that have ended, when they are many."""
+        with self._lock:
+            if len(self._everyone) >= self._MANY_THREADS:
+                for pair in list(self._everyone):
+                    thread = pair[0]()
+                    if thread is None or not thread.is_alive():
+                        self._ended.update(pair[1])
+                        self._everyone.remove(pair)
+            self._everyone.append((ref(current_thread()), counts))
 
 
 class SharedCounters:

@@ -1,33 +1,83 @@
 """What an entry is, and whether it may be served. Pure: no client, no clock, no chance.
 
-Age is told by Redis's own clock alone: an entry is stored for ``ttl + stale`` and carries its ``stale``
-window, so it is fresh exactly while more than that window is left of its time to live. No process ever
-compares its own clock with another's.
+An entry in Redis is a *head*, written by the script that stores it, and a *body*, written by the process that loaded
+the value. The head holds what only Redis knows at that moment (the versions of the tags) and what scripts must read;
+its fields have fixed widths, in ASCII::
+
+    \\xC1 1  nn  stale_ms    token             version * nn
+    ^    ^  ^   ^           ^                 ^
+    |    |  |   10 digits   16 characters     20 characters each: the namespace's, then the tags'
+    |    |  how many versions, 2 digits       (digits are hexadecimal)
+    |    format
+    a byte that begins no MessagePack value and no text
+
+The body is one MessagePack array, or the decimal digits of a counter.
+
+Age is told by Redis's own clock alone: an entry is stored for ``ttl + stale`` and carries its ``stale`` window, so it
+is fresh exactly while more than that window is left of its time to live. No process ever compares its own clock with
+another's.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-FORMAT = 1  # of the envelope; another number is read as a miss, never guessed at
+from .formats import Undecodable
+
+MOST_TAGS = 254  # a count of two hexadecimal digits, less the namespace's own
+WHOLE = ""
+"""The tag without a name, which every entry has: that of its namespace."""
+
+_HEAD = b"\xc11"
+_HEAD_LENGTH = 30
+_VERSION_LENGTH = 20
+TOKEN = slice(14, 30)
+_NEVER_STALE = b"0" * 10
 
 
-class Envelope(msgspec.Struct, array_like=True, frozen=True):
-    """How an entry stands in Redis, as one MessagePack array."""
+class Body(msgspec.Struct, array_like=True, frozen=True):
+    """What the process that loaded a value says of it."""
 
-    format: int
     created_ms: int
     """Wall clock of the writer. For people who look, never for a decision."""
-    stale_ms: int
-    """How long before it is gone the entry stops being fresh."""
+    ttl_ms: int
+    """How long the entry was to be fresh."""
     load_ms: int
     """What the value cost to load."""
-    tags: dict[str, str]
-    """Version of each tag, as read before the load."""
+    tags: list[str]
+    raised: bool
+    """Whether the value is an exception that the loader raised."""
+    how: str
+    """How the value is packed; see ``formats.py``."""
     value: msgspec.Raw
+
+
+class _PlainBody(Body, array_like=True, frozen=True):
+    """The same, with the value decoded in the same step where it is MessagePack itself."""
+
+    value: Any
+
+
+class Entry(NamedTuple):
+    """A stored entry, opened but not unpacked."""
+
+    token: str
+    """Tells this write from every other; what compare-and-set compares."""
+    stale_ms: int
+    """How long before it is gone the entry stops being fresh."""
+    versions: bytes
+    """Of the namespace, then of each tag, as they were before the load."""
+    body: Body | None
+    """None for a counter."""
+    counter: int
+
+    @property
+    def tags(self) -> Sequence[str]:
+        """The tags that the entry names."""
+        return self.body.tags if self.body else ()
 
 
 class Freshness(Enum):
@@ -40,8 +90,9 @@ class Freshness(Enum):
     """Not stored, or one of its tags has been invalidated: never to be served."""
 
 
-_decode_envelope = msgspec.msgpack.Decoder(Envelope).decode
-_decode_value = msgspec.msgpack.Decoder().decode
+_decode_plain_body = msgspec.msgpack.Decoder(_PlainBody).decode
+_decode_body = msgspec.msgpack.Decoder(Body).decode
+_decode_bytes = msgspec.msgpack.Decoder(bytes).decode
 _encode = msgspec.msgpack.Encoder().encode
 
 _COUNTER_START = frozenset(b"-0123456789")
@@ -49,58 +100,115 @@ _COUNTER = re.compile(rb"0|-?[1-9][0-9]{0,18}")
 _COUNTER_RANGE = range(-(2**63), 2**63)
 
 
-class Undecodable(Exception):
-    """What Redis holds under a key is not an entry of this format."""
+def encode(
+    how: str, packed: bytes, *, created_ms: int, ttl_ms: int, load_ms: int, tags: Sequence[str], raised: bool = False
+) -> bytes:
+    """The body of an entry, for a value that is packed already."""
+    value = msgspec.Raw(packed if how == "" else _encode(packed))
+    return _encode(Body(created_ms, ttl_ms, load_ms, list(tags), raised, how, value))
 
 
-def encode(value: object, *, created_ms: int, stale_ms: int, load_ms: int, tags: Mapping[str, str]) -> bytes:
-    """The stored form of a value.
-
-    A whole number without tags and stale window is stored as decimal text, which is what INCRBY reads.
-    Everything else is an envelope. An envelope starts with a byte that no decimal text starts with.
-    """
-    if type(value) is int and not stale_ms and not tags and value in _COUNTER_RANGE:
-        return str(value).encode()
-    return _encode(Envelope(FORMAT, created_ms, stale_ms, load_ms, dict(tags), msgspec.Raw(_encode(value))))
+def encode_counter(value: object) -> bytes | None:
+    """The body of an entry that can be counted on with ``incr``; None for what is no whole number of 64 bits."""
+    return str(value).encode() if type(value) is int and value in _COUNTER_RANGE else None
 
 
-def decode(stored: bytes) -> tuple[Envelope | None, Any]:
-    """The envelope (None for a bare counter) and the value. Raises ``Undecodable``, never anything else."""
-    if stored[:1] and stored[0] in _COUNTER_START:
-        if _COUNTER.fullmatch(stored) and (number := int(stored)) in _COUNTER_RANGE:
-            return None, number
-        raise Undecodable("neither a counter nor an envelope")
+def decode(stored: bytes) -> Entry:
+    """Open what Redis holds. Raises ``Undecodable``, never anything else."""
+    if stored[:2] != _HEAD:
+        raise Undecodable("it does not begin like an entry")
     try:
-        envelope = _decode_envelope(stored)
-        if envelope.format != FORMAT:
-            raise Undecodable(f"format {envelope.format}, not {FORMAT}")
-        return envelope, _decode_value(envelope.value)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        stale_ms = int(stored[4:14], 16)
+        start = _HEAD_LENGTH + _VERSION_LENGTH * int(stored[2:4], 16)
+        token = str(stored[TOKEN], "ascii")
+        versions = stored[_HEAD_LENGTH:start]
+        if stored[start] not in _COUNTER_START:
+            body = _decode_body(memoryview(stored)[start:])
+            if len(versions) != _VERSION_LENGTH * (1 + len(body.tags)):
+                raise Undecodable(f"{len(body.tags)} tags, but {len(versions)} bytes of versions")
+            return Entry(token, stale_ms, versions, body, 0)
+    except (msgspec.MsgspecError, ValueError, IndexError, RecursionError) as error:
+        raise Undecodable(str(error)) from None
+    digits = stored[start:]
+    if not _COUNTER.fullmatch(digits) or len(versions) != _VERSION_LENGTH or int(digits) not in _COUNTER_RANGE:
+        raise Undecodable("neither a counter nor a body")
+    return Entry(token, stale_ms, versions, None, int(digits))
+
+
+UNSURE = object()
+"""What ``fresh_value`` returns for what takes a closer look."""
+
+
+def fresh_value(stored: bytes, left_ms: int, current: Sequence[bytes | None], tags: Sequence[str]) -> Any:
+    """The value of an entry, if that is as simple as it mostly is; ``UNSURE`` otherwise.
+
+    The same as ``decode``, ``judge`` and unpacking, in a tenth of the time, for a fresh entry of MessagePack whose tags
+    are the ones that were asked about. Never returns what those would not.
+
+    Arguments:
+        current: the versions of the namespace and of ``tags``, in this order.
+    """
+    start = _HEAD_LENGTH + _VERSION_LENGTH * len(current)
+    try:
+        if stored[:2] != _HEAD or int(stored[2:4], 16) != len(current):
+            return UNSURE
+        if stored[_HEAD_LENGTH:start] != (current[0] if len(current) == 1 else b"".join(current)):  # type: ignore[arg-type]
+            return UNSURE
+        if stored[4:14] != _NEVER_STALE and left_ms <= int(stored[4:14], 16):
+            return UNSURE
+        body = _decode_plain_body(memoryview(stored)[start:])
+    except (msgspec.MsgspecError, ValueError, TypeError, IndexError, RecursionError):
+        return UNSURE
+    if body.how or body.raised or (tags and body.tags != list(tags)):
+        return UNSURE
+    return body.value
+
+
+def packed_value(body: Body) -> bytes | memoryview:
+    """The packed value of an entry, as its format wants it. Raises ``Undecodable``."""
+    if body.how == "":
+        return memoryview(body.value)
+    try:
+        return _decode_bytes(body.value)
+    except (msgspec.MsgspecError, ValueError) as error:
         raise Undecodable(str(error)) from None
 
 
-def judge(envelope: Envelope | None, left_ms: int, tag_versions: Mapping[str, str | None]) -> Freshness:
+def judge(entry: Entry, left_ms: int, current: Mapping[str, bytes | None]) -> Freshness:
     """Whether an entry is fresh, stale or gone.
 
     Arguments:
-        envelope: of the entry; None for a bare counter, which has neither tags nor a stale window.
+        entry: as it was stored.
         left_ms: what Redis says is left of its time to live; negative when it has none.
-        tag_versions: the versions that the tags have now. A tag that is missing here, or has no version,
-            counts as invalidated: an evicted version must never make an old entry valid again.
+        current: the versions that the tags have now, that of the whole namespace among them. A tag that is missing
+            here, or has no version, counts as invalidated: an evicted version must never make an old entry valid again.
     """
-    if envelope is None:
-        return Freshness.FRESH
-    for tag, version in envelope.tags.items():
-        if tag_versions.get(tag) != version:
+    start = 0
+    for tag in (WHOLE, *entry.tags):
+        if current.get(tag) != entry.versions[start : start + _VERSION_LENGTH]:
             return Freshness.GONE
-    if 0 <= left_ms <= envelope.stale_ms and envelope.stale_ms:
+        start += _VERSION_LENGTH
+    if 0 <= left_ms <= entry.stale_ms and entry.stale_ms:
         return Freshness.STALE
     return Freshness.FRESH
 
 
-def fresh_left_ms(envelope: Envelope | None, left_ms: int) -> int:
+def fresh_left_ms(entry: Entry | None, left_ms: int) -> int:
     """How much longer an entry stays fresh; 0 when it no longer is."""
-    return max(0, left_ms - (envelope.stale_ms if envelope else 0))
+    return max(0, left_ms - (entry.stale_ms if entry else 0))
+
+
+def versions_of(entry: Entry) -> dict[str, bytes]:
+    """The versions that an entry was stored with."""
+    tags = (WHOLE, *entry.tags)
+    size = _VERSION_LENGTH
+    return {tag: entry.versions[i * size : (i + 1) * size] for i, tag in enumerate(tags)}
+
+
+def invalidated_since(versions: bytes, since: bytes) -> bool:
+    """Whether one of several versions was made by an invalidation after the one of this number."""
+    starts = range(0, len(versions), _VERSION_LENGTH)
+    return any(versions[start : start + len(since)] > since for start in starts)
 
 
 def jittered(ttl_ms: int, chance: float) -> int:
@@ -111,6 +219,6 @@ def jittered(ttl_ms: int, chance: float) -> int:
     return max(1, ttl_ms - int(ttl_ms * 0.1 * chance))
 
 
-def missing_tags(wanted: Sequence[str], envelope: Envelope | None) -> list[str]:
+def missing_tags(known: Mapping[str, object], entry: Entry) -> list[str]:
     """The tags of an entry whose versions have not been asked for."""
-    return [tag for tag in envelope.tags if tag not in wanted] if envelope else []
+    return [tag for tag in entry.tags if tag not in known]

@@ -40,6 +40,20 @@ class ValueNotCacheable(CachelibError, TypeError):
         )
 
 
+class LoadTimedOut(CachelibError, TimeoutError):
+    """A loader did not end within ``hard_timeout``, and there was nothing stale to serve."""
+
+    def __init__(self, key: str, timeout_ms: int, *, too_many: bool = False) -> None:
+        self.key = key
+        self.timeout_ms = timeout_ms
+        why = (
+            "too many loads with a time limit are running already; what do they wait for?"
+            if too_many
+            else f"it did not end within {timeout_ms / 1_000:g} s; the next caller may try again"
+        )
+        super().__init__(f"the loader of {key!r}: {why}")
+
+
 class LoaderRecursion(CachelibError, RuntimeError):
     """A loader asked for the very key that it is loading."""
 
@@ -90,3 +104,16 @@ class ServerFull(WriteBehindError):
 
 class SinkUnfit(WriteBehindError, ValueError):
     """A table cannot serve the mode that was asked of it."""
+
+
+class ValueTooLarge(CachelibError, ValueError):
+    """A value has more bytes than its codec stores. Nothing was stored."""
+
+    def __init__(self, name: str, size: int, limit: int) -> None:
+        self.name = name
+        self.size = size
+        self.limit = limit
+        super().__init__(
+            f"the value for {name!r} has {size} bytes before compression, more than max_bytes={limit}; "
+            "store it in parts, or raise max_bytes"
+        )

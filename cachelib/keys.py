@@ -50,22 +50,29 @@ def escaped_name(text: str, what: str = "name") -> str:
 class CacheKeys:
     """The keys of one cache namespace."""
 
-    __slots__ = ("_entry", "_popular", "_tag", "namespace")
+    __slots__ = ("_parts", "_popular", "entry_prefix", "namespace", "sequence", "tag_prefix", "whole")
 
     def __init__(self, namespace: str) -> None:
         self.namespace = namespace
         name = escaped_name(namespace, "namespace")
-        self._entry = f"{LAYOUT}:cache:{{{name}:"
-        self._tag = f"{LAYOUT}:tag:{{{name}:"
+        self.entry_prefix = f"{_ENTRY}{{{name}:"
+        """What the names of all entries begin with."""
+        self.tag_prefix = f"{LAYOUT}:tag:{{{name}:"
+        """What the names of all versions of tags begin with."""
+        self.whole = f"{self.tag_prefix}}}"
+        """The version of the namespace itself: that of the tag without a name, which every entry has."""
+        self.sequence = f"{LAYOUT}:sequence:{{{name}}}"
+        """The number of the last invalidation of a tag in this namespace."""
+        self._parts = f":{{{name}:"
         self._popular = f"{LAYOUT}:popular:{{{name}:"
 
     def entry(self, key: str) -> str:
-        """The entry itself: an envelope, or a whole number in decimal text."""
-        return f"{self._entry}{escaped(key)}}}"
+        """The entry itself; see ``entry.py``."""
+        return f"{self.entry_prefix}{escaped(key)}}}"
 
     def tag(self, tag: str) -> str:
         """The version of a tag: opaque text. A missing one makes every entry that names the tag invalid."""
-        return f"{self._tag}{escaped(tag, 'tag')}}}"
+        return f"{self.tag_prefix}{escaped(tag, 'tag')}}}"
 
     def popular(self, function: str) -> str:
         """How often each call of a warmed function was asked for: a sorted set of calls."""
@@ -74,29 +81,40 @@ class CacheKeys:
     def matching(self, pattern: str) -> str:
         """A pattern for SCAN. ``*``, ``?`` and ``[...]`` in ``pattern`` match; the namespace is literal.
 
-        It ends in ``*`` so that it finds the parts of an entry too: a lease that is left behind would let a
-        load that began before the deletion put its value back.
+        It finds the entries and their leases: a lease that is left behind would let a load that began before the
+        deletion put its value back. It finds other kinds too, which ``entry_of`` tells apart.
         """
-        return f"{_literal(self._entry)}{escaped(pattern, 'pattern')}}}*"
+        return f"{LAYOUT}:*{_literal(self._parts)}{escaped(pattern, 'pattern')}}}"
 
 
 def _literal(text: str) -> str:
     return _GLOB_SPECIAL.sub(r"\\\1", text)
 
 
+_ENTRY = f"{LAYOUT}:cache:"
+_LEASE = f"{LAYOUT}:lease:"
+_WAKE = f"{LAYOUT}:wake:"
+
+
 def lease(entry: str) -> str:
-    """Who may fill this entry, and how often anybody began to wait for that: a hash, while the load runs."""
-    return f"{entry}:lease"
+    """Who may fill this entry, and how many wait for that: a hash, while the load runs.
+
+    A kind of its own, and not a part of the entry: near caches are told of every change below an entry's prefix.
+    """
+    return f"{_LEASE}{entry[len(_ENTRY) :]}"
 
 
 def wake(entry: str, token: str) -> str:
     """A list on which those who wait for one load of this entry, told by its lease's token, are woken."""
-    return f"{entry}:wake:{token}"
+    return f"{_WAKE}{entry[len(_ENTRY) :]}:{token}"
 
 
-def entry_of(name: str) -> str:
-    """The entry that a key is a part of. The brace that closes a name is the last one: user text has none."""
-    return name[: name.rindex("}") + 1]
+def entry_of(name: str) -> str | None:
+    """The entry that a key is, or is the lease of. None for other kinds."""
+    for prefix in (_ENTRY, _LEASE):
+        if name.startswith(prefix):
+            return f"{_ENTRY}{name[len(prefix) :]}"
+    return None
 
 
 def counters(kind: str, name: str) -> str:

@@ -12,20 +12,16 @@ from threading import Event, Lock, Thread
 from typing import NamedTuple
 
 from .connections import UNAVAILABLE, Connections
+from .entry_store import EntryStore
 from .forks import renew_after_fork
-from .scripts import load
 
 logger = logging.getLogger(__name__)
 
-_RENEW = load(__package__, "lease_renew", bool)
-
 
 class _Held(NamedTuple):
-    """A load that is under way."""
+    """Loads that are under way."""
 
-    lease: str
-    tags: Sequence[str]
-    tag_ttl_ms: int
+    names: Sequence[str]
     seen: bool = False
     """Whether it was there at the last round."""
 
@@ -37,8 +33,9 @@ class LeaseKeeper:
     running; then the load's value is not stored, and somebody else may load too.
     """
 
-    def __init__(self, redis: Connections, lease_ms: int) -> None:
+    def __init__(self, redis: Connections, store: EntryStore, lease_ms: int) -> None:
         self._redis = redis
+        self._store = store
         self._lease_ms = lease_ms
         self._held: dict[str, _Held] = {}  # by token
         self._thread: Thread | None = None
@@ -54,23 +51,22 @@ class LeaseKeeper:
         self._held, self._thread = {}, None
 
     @contextmanager
-    def keeping(self, lease: str, token: str, tags: Sequence[str], tag_ttl_ms: int) -> Iterator[None]:
-        """Renew a lease, and the versions of tags, while the block runs.
-
-        Arguments:
-            lease, tags: names of keys.
-            tag_ttl_ms: how long the versions must last from now on, at any moment.
-        """
+    def keeping(self, names: Sequence[str], token: str) -> Iterator[None]:
+        """Renew the leases of some entries, which one look took, while the block runs."""
         try:
             with self._lock:
-                self._held[token] = _Held(lease, tags, tag_ttl_ms)
+                self._held[token] = _Held(names)
                 if self._thread is None:
                     self._thread = Thread(target=self._run, name="petiole-leases", daemon=True)
                     self._thread.start()
             yield
         finally:
-            with self._lock:
-                self._held.pop(token, None)
+            self.forget(token)
+
+    def forget(self, token: str) -> None:
+        """Renew no more, although the load may go on."""
+        with self._lock:
+            self._held.pop(token, None)
 
     def _run(self) -> None:
         pause = Event()
@@ -78,16 +74,9 @@ class LeaseKeeper:
             pause.wait(self._lease_ms / 3_000)
             for token, held in self._due():
                 try:
-                    _RENEW(
-                        self._redis.coordination,
-                        lease=held.lease,
-                        tags=held.tags,
-                        token=token,
-                        lease_ms=self._lease_ms,
-                        tag_ttl_ms=held.tag_ttl_ms,
-                    )
+                    self._store.renew(held.names, token)
                 except (*UNAVAILABLE, RuntimeError) as error:  # RuntimeError: closed between the two lines
-                    logger.warning("lease %s was not renewed: %s", held.lease, error)
+                    logger.warning("the lease of %s was not renewed: %s", held.names[0], error)
 
     def _due(self) -> list[tuple[str, "_Held"]]:
         """Those that were held a round ago already: most loads are done before their first."""

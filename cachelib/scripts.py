@@ -7,22 +7,28 @@ A file opens with what it does and then states its contract::
     -- RETURNS: ...
 
 The loader reads the names; a call that does not fit them fails before anything is sent. A name that ends in
-``...`` takes a sequence; several such names in one line take sequences of equal length. EVALSHA first; a
-server that does not know the script (a restart, a failover, SCRIPT FLUSH) is sent its text.
+``...`` takes a sequence; several such names in one line take sequences of equal length, except ``tags...`` where ARGV
+names ``tag_count``, which the loader fills in. ``-- USES: _versions`` puts the text of ``_versions.lua`` before the
+script's. EVALSHA first; a server that does not know the script (a restart, a failover, SCRIPT FLUSH) is sent its text.
 """
 
 import re
 from collections.abc import Callable, Sequence
+from enum import Enum
 from hashlib import sha1
 from importlib.resources import files
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import redis
 from redis.exceptions import NoScriptError
 
+if TYPE_CHECKING:
+    from .client import ThreadClient
+
 T = TypeVar("T")
 Argument = str | bytes | int
 
+_USES = re.compile(r"^-- USES: (\w+)$", re.MULTILINE)
 _HEADER = re.compile(r"^-- (KEYS|ARGV):[ ]*(.*)$", re.MULTILINE)
 
 
@@ -39,28 +45,89 @@ class Script(Generic[T]):
             raise ValueError(f"{name}.lua does not open with its KEYS and ARGV")
         self.keys = _names(header["KEYS"])
         self.arguments = _names(header["ARGV"])
-        self._names = frozenset(name for name, _ in (*self.keys, *self.arguments))
+        counted = {name.removesuffix("_count") + "s" for name, _ in self.arguments if name.endswith("_count")}
+        self._counted = tuple(counted)
+        self._uncounted = [name for name, many in (*self.keys, *self.arguments) if many and name not in counted]
+        self._names = frozenset(
+            name for name, _ in (*self.keys, *self.arguments) if name.removesuffix("_count") + "s" not in counted
+        )
 
     def __repr__(self) -> str:
         return f"<Script {self.name}({', '.join(sorted(self._names))})>"
 
     def __call__(self, client: "redis.Redis", **values: Argument | Sequence[Argument]) -> T:
-        if values.keys() != self._names:
-            wrong = sorted(values.keys() ^ self._names)
-            raise TypeError(f"{self.name}.lua takes {sorted(self._names)}; missing or unknown: {wrong}")
-        keys = _flattened(self.keys, values)
-        request = (len(keys), *keys, *_flattened(self.arguments, values))
+        request = self.request(values)
         try:
             reply = client.execute_command("EVALSHA", self.sha, *request)
         except NoScriptError:
             reply = client.execute_command("EVAL", self.text, *request)
         return self.decode(reply)
 
+    def prepared(self, **values: "Argument | Hole | Sequence[Argument | Hole]") -> "Prepared[T]":
+        """The same script for a path where microseconds count: all is packed beforehand, except what is a ``HOLE``."""
+        return Prepared(self, values)
+
+    def request(self, values: dict[str, Any]) -> tuple[Any, ...]:
+        """What follows the script in EVALSHA: the number of keys, the keys, the arguments."""
+        if values.keys() != self._names:
+            wrong = sorted(values.keys() ^ self._names)
+            raise TypeError(f"{self.name}.lua takes {sorted(self._names)}; missing or unknown: {wrong}")
+        for name in self._counted:
+            values[f"{name[:-1]}_count"] = len(values[name])
+        if len(self._uncounted) > 1 and len({len(values[name]) for name in self._uncounted}) > 1:
+            raise ValueError(f"{', '.join(self._uncounted)} must be equally long")
+        keys = _flattened(self.keys, values)
+        return (len(keys), *keys, *_flattened(self.arguments, values))
+
+
+class Hole(Enum):
+    """The type of ``HOLE``."""
+
+    HOLE = "HOLE"
+
+
+HOLE: Final = Hole.HOLE
+"""Stands for what differs from call to call."""
+
+
+class Prepared(Generic[T]):
+    """A script that is packed but for a few arguments. ``prepared(client, first, second)`` fills the holes in order."""
+
+    def __init__(self, script: Script[T], values: dict[str, Any]) -> None:
+        self._script = script
+        self._request = script.request(values)
+        command = [b"EVALSHA", script.sha, *self._request]
+        parts = [b"*%d\r\n" % len(command)]
+        for argument in command:
+            if argument is HOLE:
+                parts.append(b"$%d\r\n%b\r\n")
+            else:
+                raw = argument if isinstance(argument, bytes) else str(argument).encode()
+                parts.append(b"$%d\r\n%b\r\n" % (len(raw), raw.replace(b"%", b"%%")))
+        self._template = b"".join(parts)
+
+    def __repr__(self) -> str:
+        return f"<Prepared {self._script.name}>"
+
+    def __call__(self, client: "ThreadClient", *holes: bytes) -> T:
+        sized: list[Any] = []
+        for hole in holes:
+            sized += (len(hole), hole)
+        try:
+            reply = client.execute_packed(self._template % tuple(sized))
+        except NoScriptError:
+            left = iter(holes)
+            request = [next(left) if argument is HOLE else argument for argument in self._request]
+            reply = client.execute_command("EVAL", self._script.text, *request)
+        return self._script.decode(reply)
+
 
 def load(package: str, name: str, decode: Callable[[Any], T]) -> Script[T]:
     """The script ``lua/<name>.lua`` of a package."""
-    text = files(package).joinpath("lua", f"{name}.lua").read_text("utf-8")
-    return Script(name, text, decode)
+    folder = files(package).joinpath("lua")
+    text = folder.joinpath(f"{name}.lua").read_text("utf-8")
+    shared = [folder.joinpath(f"{used}.lua").read_text("utf-8") for used in _USES.findall(text)]
+    return Script(name, "\n".join([*shared, text]), decode)
 
 
 def _names(line: str) -> tuple[tuple[str, bool], ...]:
@@ -70,14 +137,9 @@ def _names(line: str) -> tuple[tuple[str, bool], ...]:
 
 def _flattened(names: tuple[tuple[str, bool], ...], values: dict[str, Any]) -> list[Argument]:
     flat: list[Argument] = []
-    length = None
     for name, many in names:
-        value = values[name]
-        if not many:
-            flat.append(value)
-            continue
-        if length is not None and len(value) != length:
-            raise ValueError(f"{', '.join(name for name, many in names if many)} must be equally long")
-        length = len(value)
-        flat.extend(value)
+        if many:
+            flat.extend(values[name])
+        else:
+            flat.append(values[name])
     return flat

@@ -1,12 +1,15 @@
-"""Settings: arguments first, then the environment, then defaults. Read once, checked, frozen, passed down."""
+"""Settings: arguments first, then the environment, then defaults. Read once, checked, frozen, passed down.
+
+Here a URL is taken apart too, and shown without its password.
+"""
 
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, Self
-from urllib.parse import quote
+from typing import Any, Literal, Self
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from .durations import Duration, milliseconds
 
@@ -102,7 +105,91 @@ def _url(environment: Mapping[str, str]) -> str | None:
     return f"redis://:{password}@{host}:{port}/{database}" if password else f"redis://{host}:{port}/{database}"
 
 
-_SHOWABLE = re.compile(r"(?:[^\s:/?#@\[\]]*|\[[0-9A-Fa-f:.]+\])(?::\d*)?(?:/[^?#@]*)?(?:\?[^#@]*)?")
+@dataclass(frozen=True)
+class Address:
+    """Where a URL points, taken apart and checked."""
+
+    kind: Literal["embedded", "server", "cluster", "sentinel"]
+    nodes: tuple[tuple[str, int], ...] = ()
+    """Hosts and ports of a cluster's nodes or of sentinels, to ask first."""
+    service: str = ""
+    """What the sentinels call the primary."""
+    url: str = field(default="", repr=False)
+    """A URL that redis-py reads, with all that is common to the connections; the host is the first node's."""
+
+    @classmethod
+    def read(cls, url: str) -> Self:
+        """Take a URL apart. Raises ``ValueError``, without the password, for one that cannot be."""
+        scheme, separator, rest = url.partition("://")
+        if not separator or scheme not in SCHEMES:
+            raise ValueError(
+                f"{without_password(url)!r} is not a Redis URL; it starts with one of "
+                + ", ".join(f"{known}://" for known in SCHEMES)
+            )
+        if scheme == "embedded":
+            return cls("embedded")
+        first, plus, kind = scheme.partition("+")
+        if not plus:
+            _port(url, url)
+            return cls("server", url=url)
+        place, *_ = re.split(r"[/?#]", rest, maxsplit=1)
+        who, at, where = place.rpartition("@")
+        path, _, query = rest[len(place) :].partition("?")
+        default_port = 6379 if kind == "cluster" else 26379
+        nodes = tuple(_node(text, default_port, url) for text in where.split(","))
+        service, database = "", path.strip("/") or "0"
+        if kind == "sentinel":
+            service, _, database = path.strip("/").partition("/")
+            if not service:
+                raise ValueError(
+                    f"{without_password(url)!r} does not say which primary: "
+                    "give its name as the sentinels know it, such as redis+sentinel://host:26379/mymaster/0"
+                )
+        options = dict(parse_qsl(query, keep_blank_values=True))
+        for text in (database or "0", options.get("db", "0")):
+            if not text.isdecimal():
+                raise ValueError(f"{without_password(url)!r} is not a Redis URL: the database is no number")
+            if kind == "cluster" and int(text):
+                raise ValueError(f"{without_password(url)!r}: a cluster has no databases but 0; leave the number out")
+        host, port = nodes[0]
+        shown = f"[{host}]" if ":" in host else host
+        return cls(
+            "cluster" if kind == "cluster" else "sentinel",
+            nodes,
+            unquote(service),
+            f"{first}://{who}{at}{shown}:{port}/{database or 0}" + (f"?{query}" if query else ""),
+        )
+
+
+SCHEMES = (
+    *("redis", "rediss", "unix", "embedded"),
+    *("redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel"),
+)
+
+
+def _node(text: str, default_port: int, url: str) -> tuple[str, int]:
+    if not re.fullmatch(r"(?:[^\s:/?#@\[\]]+|\[[0-9A-Fa-f:.]+\])(?::\d+)?", text):
+        raise ValueError(
+            f"{without_password(url)!r} is not a Redis URL: hosts are written host:port, with commas between; "
+            "in a password, write / ? # @ : as %2F %3F %23 %40 %3A"
+        )
+    host, port = _port(f"//{text}", url)
+    return unquote(host), port if port is not None else default_port
+
+
+def _port(text: str, url: str) -> tuple[str, int | None]:
+    try:
+        parts = urlsplit(text)
+        return parts.hostname or "", parts.port
+    except ValueError:  # whose text may hold a part of the password
+        raise ValueError(
+            f"{without_password(url)!r} is not a Redis URL: the port is no number up to 65535; "
+            "in a password, write / ? # @ : as %2F %3F %23 %40 %3A"
+        ) from None
+
+
+_HOST = r"(?:[^\s:/?#@\[\],]*|\[[0-9A-Fa-f:.]+\])(?::\d*)?"
+_SHOWABLE = re.compile(rf"{_HOST}(?:,{_HOST})*(?:/[^?#@]*)?(?:\?[^#@]*)?")
 _SECRET = re.compile(r"(?i)([?&][^=&]*(?:passw|secret|token|user|%)[^=&]*)=[^&]*")
 
 

@@ -1,24 +1,35 @@
-"""Tokens that no other process, and no later moment, will have again."""
+"""Tokens that no other process, and no later moment, will have again. They tell loads apart; they keep no secret."""
 
 import os
 import secrets
+from collections.abc import Iterator
 from itertools import count
+from typing import NamedTuple
+
+_COUNTED = 16**6
+
+
+class _Series(NamedTuple):
+    start: str
+    numbers: Iterator[int]
+    process: int
 
 
 class Tokens:
-    """A random start per process, then a number: as unique as 96 random bits, at a tenth of their price.
-
-    They tell loads apart; they keep no secret.
-    """
+    """16 characters: ten of chance per process, then a number. As good as chance, at a tenth of its price."""
 
     def __init__(self) -> None:
-        self._renew()
+        self._series = _new_series()
 
     def next(self) -> str:
         """Another one. Threads may ask at once; a forked child has a start of its own."""
-        if self._process != os.getpid():
-            self._renew()
-        return f"{self._start}-{next(self._numbers):x}"
+        series = self._series  # replaced as a whole, so that no start ever meets the numbers of another
+        number = next(series.numbers)
+        if number >= _COUNTED or series.process != os.getpid():
+            series = self._series = _new_series()
+            number = next(series.numbers)
+        return f"{series.start}{number:06x}"
 
-    def _renew(self) -> None:
-        self._start, self._numbers, self._process = secrets.token_hex(12), count(1), os.getpid()
+
+def _new_series() -> _Series:
+    return _Series(secrets.token_urlsafe(8)[:10], count(0), os.getpid())

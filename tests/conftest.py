@@ -6,16 +6,24 @@ be started is an error, never a skip. Under xdist each worker process has its ow
 
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 from uuid import uuid4
 
 import psutil
 import pytest
 import sqlalchemy as sa
+from local_nodes import eventually
+from redis.connection import Connection as RedisConnection
 
 from petiole.cachelib import Cache, Connections, EmbeddedServer, Settings, connect
+from petiole.cachelib.embedded import find_program, free_port
+from petiole.cachelib.errors import ServerNotFound
+from petiole.cachelib.guarded import GuardedProcess
 
 MAY_LIVE_ON = b"petiole:1:buffer:"  # rows that are not flushed; of our keys, nothing else
 
@@ -78,6 +86,146 @@ def own_server() -> Iterator[Callable[..., EmbeddedServer]]:
     yield start
     for server in servers:
         server.stop()
+
+
+class LocalCluster:
+    """A cluster on loopback: primaries that share the slots evenly, and for each as many replicas as asked for."""
+
+    def __init__(self, folder: Path, primaries: int, replicas: int = 0) -> None:
+        self.folder = folder
+        self.nodes: list[EmbeddedServer] = []
+        self.replicas: list[EmbeddedServer] = []
+        try:
+            self.nodes = [self._node() for _ in range(primaries)]
+            ends = [16384 * number // primaries for number in range(primaries + 1)]
+            for number, node in enumerate(self.nodes):
+                self.run(node, "CLUSTER", "ADDSLOTSRANGE", ends[number], ends[number + 1] - 1)
+                self.run(node, "CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            self.replicas = [self._node() for _ in range(primaries * replicas)]
+            for node in [*self.nodes, *self.replicas][1:]:
+                self.run(self.nodes[0], "CLUSTER", "MEET", "127.0.0.1", node.port, self._bus_ports[node.port])
+            for node in [*self.nodes, *self.replicas]:
+                eventually(partial(self._complete, node), "every node knows who has which slot")
+            for number, node in enumerate(self.replicas):
+                self.run(node, "CLUSTER", "REPLICATE", self.run(self.nodes[number % primaries], "CLUSTER", "MYID"))
+            for node in self.replicas:
+                eventually(partial(self._follows, node), "replicas follow, and all know them")
+        except BaseException:
+            self.stop()
+            raise
+
+    _bus_ports: ClassVar[dict[int, int]] = {}
+
+    @property
+    def url(self) -> str:
+        """With all primaries in it."""
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+
+    def owner(self, slot: int) -> EmbeddedServer:
+        """The node that was given a slot at first."""
+        return self.nodes[next(n for n in range(len(self.nodes)) if slot < 16384 * (n + 1) // len(self.nodes))]
+
+    def stop(self) -> None:
+        """Stop all nodes."""
+        for node in [*self.nodes, *self.replicas]:
+            node.stop()
+
+    def _node(self) -> EmbeddedServer:
+        for attempts_left in reversed(range(5)):  # another process may take the port of the bus meanwhile
+            bus_port, folder = free_port(), self.folder / uuid4().hex
+            folder.mkdir()
+            cluster = ("--cluster-enabled", "yes", "--cluster-port", str(bus_port), "--cluster-node-timeout", "2000")
+            try:
+                server = EmbeddedServer.start(*cluster, "--dir", str(folder), "--repl-diskless-sync-delay", "0")
+            except ServerNotFound:
+                if not attempts_left:
+                    raise
+                continue
+            self._bus_ports[server.port] = bus_port
+            return server
+        raise AssertionError
+
+    def _follows(self, replica: EmbeddedServer) -> bool:
+        tables = [self.run(node, "CLUSTER", "SLOTS") for node in [*self.nodes, *self.replicas]]
+        known = all(any(holder[1] == replica.port for part in table for holder in part[2:]) for table in tables)
+        if not known:  # a replica is not named before it has followed something
+            for node in self.nodes:
+                self.run(node, "FLUSHALL")
+        return known and b"master_link_status:up" in self.run(replica, "INFO")
+
+    @staticmethod
+    def run(server: EmbeddedServer, *command: object) -> Any:
+        """One command to one server, over a connection of its own, with the bare reply."""
+        connection = RedisConnection(host="127.0.0.1", port=server.port, protocol=2, socket_timeout=10)
+        try:
+            connection.send_command(*command)
+            return connection.read_response()
+        finally:
+            connection.disconnect()
+
+    def _complete(self, node: EmbeddedServer) -> bool:
+        told = self.run(node, "CLUSTER", "INFO")
+        known = f"cluster_known_nodes:{len(self.nodes) + len(self.replicas)}\r\n".encode()
+        return b"cluster_state:ok" in told and b"cluster_slots_assigned:16384" in told and known in told
+
+
+@pytest.fixture(scope="session")
+def cluster(_no_process_is_left_behind: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """Three primaries that the tests of this process share; who changes them changes them back."""
+    cluster = LocalCluster(tmp_path_factory.mktemp("cluster"), primaries=3)
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture
+def own_cluster(tmp_path: Path) -> Iterator[Callable[..., LocalCluster]]:
+    """Starts clusters for one test, which may stop or kill their nodes."""
+    clusters: list[LocalCluster] = []
+
+    def start(primaries: int, replicas: int = 0) -> LocalCluster:
+        clusters.append(LocalCluster(tmp_path, primaries, replicas))
+        return clusters[-1]
+
+    yield start
+    for cluster in clusters:
+        cluster.stop()
+
+
+@pytest.fixture
+def sentinel(tmp_path: Path) -> Iterator[Callable[..., int]]:
+    """Starts sentinels for one test: each watches a primary as ``mymaster``, alone decides, and is told by its port."""
+    processes: list[GuardedProcess] = []
+
+    def listens(port: int) -> bool:
+        with socket.socket() as probe:
+            return not processes[-1].running or probe.connect_ex(("127.0.0.1", port)) == 0
+
+    def start(primary_port: int, *lines: str) -> int:
+        for _ in range(5):  # another process may take the port meanwhile
+            port = free_port()
+            config = tmp_path / f"sentinel-{port}.conf"
+            watched = (f"port {port}", "bind 127.0.0.1", f"sentinel monitor mymaster 127.0.0.1 {primary_port} 1")
+            times = ("sentinel down-after-milliseconds mymaster 300", "sentinel failover-timeout mymaster 3000")
+            config.write_text("\n".join((*watched, *times, *lines, "")))
+            processes.append(GuardedProcess([find_program(), str(config), "--sentinel"], folder=tmp_path))
+            eventually(partial(listens, port), "the sentinel listens")
+            if processes[-1].running:
+                return port
+        raise AssertionError("no sentinel has started")
+
+    yield start
+    for process in processes:
+        process.stop()
+
+
+@pytest.fixture
+def clustered(cluster: LocalCluster) -> Iterator[Connections]:
+    """Connections to the shared cluster, as ``redis`` are to the shared server."""
+    with connect(settings=Settings(url=cluster.url, cache_timeout=2)) as connections:
+        yield connections
+        client = connections.coordination
+        names = [key for key in connections.scan("petiole:*", 10_000) if not key.startswith(MAY_LIVE_ON)]
+        assert [key for key in names if client.pttl(key) == -1] == []
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,18 @@
--- Read entries, each with what is left of its time.
+-- Read entries, each with what is left of its time, and the versions of tags.
 --
--- KEYS: entries...
--- ARGV: none
--- RETURNS: {{entry or false, pttl_ms}, ...}
+-- KEYS: tags..., entries...
+-- ARGV: tag_count
+-- RETURNS: {tag versions, false where missing}, {entry or false, pttl_ms, entry or false, pttl_ms, ...}
 --
 -- One script, because an entry and the time left of another that took its place would tell a wrong age.
 
-local found = {}
-for i, key in ipairs(KEYS) do
-    found[i] = {redis.call("GET", key), redis.call("PTTL", key)}
+local versions, found = {}, {}
+local tag_count = tonumber(ARGV[1])
+for i = 1, tag_count do
+    versions[i] = redis.call("GET", KEYS[i])
 end
-return found
+for i = tag_count + 1, #KEYS do
+    found[#found + 1] = redis.call("GET", KEYS[i])
+    found[#found + 1] = found[#found] and redis.call("PTTL", KEYS[i]) or -2
+end
+return {versions, found}

@@ -1,6 +1,7 @@
 """Connections: URLs, profiles, health, and a close that leaves nothing."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
@@ -68,6 +69,62 @@ def test_a_bad_url_is_refused_without_its_password(url):
 
     shown = [str(caught.value), *(str(e) for e in (caught.value.__cause__,) if e)]
     assert not any("s3cret" in text for text in shown)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("redis://h/0?protocl=2", "unknown option 'protocl'; did you mean 'protocol'"),
+        ("redis+cluster://h?protocl=2", "unknown option 'protocl'; did you mean 'protocol'"),
+        ("redis+sentinel://h/main?sentinel_pasword=x", "unknown option 'sentinel_pasword'; did you mean"),
+        ("redis://h/0?sentinel_password=x", "unknown option 'sentinel_password'"),
+        ("redis://h/0?ssl_ca_certs=/ca.pem", "unknown option 'ssl_ca_certs'; ssl_ options go with rediss://"),
+        ("rediss://h/0?zzz=/ca.pem", "unknown option 'zzz'; redis-py's connections take no such option"),
+        ("redis://h/0?protocol=two", "Invalid value for 'protocol'"),
+        ("redis://h/0?protocol=4", "protocol must be either 2 or 3"),
+        ("rediss://h/0?ssl_cert_reqs=sometimes", "(?i)ssl certificate requirements"),
+        ("redis://h/0?decode_responses=true", "decode_responses"),
+    ],
+)
+def test_an_option_that_no_connection_takes_is_refused_at_once(url, message):
+    """With its name, and the nearest known one, rather than by the first command."""
+    with pytest.raises(ValueError, match=message):
+        connect(url)
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_both_protocols_are_spoken(redis_server, name, protocol):
+    """Replies are the same."""
+    with connect(f"{redis_server.url}?protocol={protocol}") as redis:
+        client = redis.coordination
+        assert client.execute_command("CLIENT INFO").get("resp") in (str(protocol), None)
+        assert client.set(name, "v", px=60_000) is True
+        assert (client.get(name), client.exists(name), client.get(name + "x")) == (b"v", 1, None)
+        client.hset(name + "h", mapping={"a": 1})
+        client.pexpire(name + "h", 60_000)
+        assert client.execute_command("HGETALL", name + "h") == {b"a": b"1"}
+        assert client.execute_command("EVAL", "return {1, false, 'x'}", 0) == [1, None, b"x"]
+
+
+def test_a_connection_that_the_server_closed_while_it_was_idle_fails_nobody(redis_server):
+    """It is looked at before it is used, unless it was used a moment ago."""
+    with connect(redis_server.url) as redis, connect(redis_server.url) as other:
+        for client in (redis.cache, redis.coordination):
+            for _ in range(5):
+                id_before = client.client_id()
+                other.coordination.client_kill_filter(_id=id_before)
+                time.sleep(0.03)
+                assert client.client_id() != id_before
+
+
+def test_keys_are_scanned_for_by_pattern(redis, name):
+    """All of them, and no others."""
+    wanted = {f"{name}:{number}".encode() for number in range(50)}
+    for key in wanted:
+        redis.coordination.set(key, 1, px=60_000)
+
+    assert set(redis.scan(f"{name}:*", 7)) == wanted
+    assert list(redis.scan(f"{name}x*")) == []
 
 
 def test_nothing_is_sent_before_the_first_command(own_server):

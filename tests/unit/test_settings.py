@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from petiole.cachelib import Settings
-from petiole.cachelib.settings import without_password
+from petiole.cachelib.settings import Address, without_password
 
 
 def test_defaults_need_nothing():
@@ -123,6 +123,11 @@ def test_settings_are_frozen():
         ("unix:///tmp/r.sock?PASSWORD=s3cret", "unix:///tmp/r.sock?PASSWORD=***"),
         ("redis://h:1/0", "redis://h:1/0"),
         ("redis://user@h", "redis://user@h"),
+        ("redis+cluster://:s3cret@h1:1,h2:2", "redis+cluster://:***@h1:1,h2:2"),
+        ("rediss+cluster://u:s3cret@[::1]:1,h2/0?protocol=2", "rediss+cluster://u:***@[::1]:1,h2/0?protocol=2"),
+        ("redis+sentinel://u:s3cr@et@h1,h2:2/main/0", "redis+sentinel://u:***@h1,h2:2/main/0"),
+        ("redis+sentinel://h:1/main?sentinel_password=s3cret", "redis+sentinel://h:1/main?sentinel_password=***"),
+        ("redis+sentinel://h:1/main?a=b&sentinel_username=s3cr", "redis+sentinel://h:1/main?a=b&sentinel_username=***"),
     ],
 )
 def test_a_url_is_shown_without_its_password(url, shown):
@@ -133,7 +138,18 @@ def test_a_url_is_shown_without_its_password(url, shown):
 
 @pytest.mark.parametrize(
     "url",
-    ["redis://:s3cret/x@h:1", "redis://:s3cret?x@h", "redis://:s3cret#x@h", "user:s3cret@h:1", "redis://[:s3cret@h"],
+    [
+        "redis+cluster://:s3cret/x@h1:1,h2:2",
+        "redis+cluster://h1:1,:s3cret@h2:2",
+        "redis+sentinel://:s3cret?x@h1:1,h2:2/main",
+        "redis+sentinel://h1:1,h2:2/main?sentinel_password=s3cret@x",
+        "redis+sentinel://:s3cret#x@h1:1,h2:2/main",
+        "redis://:s3cret/x@h:1",
+        "redis://:s3cret?x@h",
+        "redis://:s3cret#x@h",
+        "user:s3cret@h:1",
+        "redis://[:s3cret@h",
+    ],
 )
 def test_a_password_is_not_shown_where_it_broke_the_url(url):
     """A password that nobody quoted is the usual reason for a bad URL, and must not come out in the message."""
@@ -147,3 +163,60 @@ def test_a_password_is_not_shown_where_it_broke_the_url(url):
 def test_no_secret_in_the_query_is_shown(query: str) -> None:
     """By whatever name it goes."""
     assert "s3cret" not in without_password(f"rediss://h:1/0?{query}")
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "nodes", "service", "first"),
+    [
+        ("redis://h:1/2", "server", (), "", "redis://h:1/2"),
+        ("unix:///r.sock?db=1", "server", (), "", "unix:///r.sock?db=1"),
+        ("embedded://", "embedded", (), "", ""),
+        ("redis+cluster://h1:7000,h2", "cluster", (("h1", 7000), ("h2", 6379)), "", "redis://h1:7000/0"),
+        ("rediss+cluster://u:p@h1/?a=b", "cluster", (("h1", 6379),), "", "rediss://u:p@h1:6379/0?a=b"),
+        ("redis+cluster://[::1]:7,h/0", "cluster", (("::1", 7), ("h", 6379)), "", "redis://[::1]:7/0"),
+        ("redis+sentinel://h1,h2:5/main", "sentinel", (("h1", 26379), ("h2", 5)), "main", "redis://h1:26379/0"),
+        (
+            "rediss+sentinel://u:p%40@h1/main/3?x=1",
+            "sentinel",
+            (("h1", 26379),),
+            "main",
+            "rediss://u:p%40@h1:26379/3?x=1",
+        ),
+        ("redis+sentinel://h/a%20b/", "sentinel", (("h", 26379),), "a b", "redis://h:26379/0"),
+    ],
+)
+def test_a_url_is_taken_apart(url, kind, nodes, service, first):
+    """Hosts, the name of the primary, and what redis-py reads itself."""
+    address = Address.read(url)
+
+    assert (address.kind, address.nodes, address.service, address.url) == (kind, nodes, service, first)
+    assert "p%40" not in repr(address)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("redis+cluster://", "hosts are written host:port"),
+        ("redis+cluster://h1:7000,", "hosts are written host:port"),
+        ("redis+cluster://h1:70000", "port"),
+        ("redis+cluster://h1:port", "hosts are written host:port"),
+        ("redis+cluster://:s3cret/x@h1:1", "hosts are written host:port"),
+        ("redis+cluster://h1/1", "no databases but 0"),
+        ("redis+cluster://h1?db=2", "no databases but 0"),
+        ("redis+sentinel://h1:1", "does not say which primary"),
+        ("redis+sentinel://h1:1/?db=1", "does not say which primary"),
+        ("redis+sentinel://:s3cret@h1:1/main/x", "the database is no number"),
+        ("redis+sentinel://:s3cret@h1:1/main?db=x", "the database is no number"),
+        ("redis+other://h1", "starts with one of"),
+        ("redis://h:s3cret", "port"),
+    ],
+)
+def test_a_url_that_cannot_be_one_is_refused_with_the_reason(url, message):
+    """Before anything is sent, and without its password."""
+    with pytest.raises(ValueError, match=message) as caught:
+        Address.read(url)
+
+    assert "s3cret" not in f"{caught.value} {caught.value.__cause__}"

@@ -1,0 +1,145 @@
+"""Invalidations that Redis has not heard of yet.
+
+What could not be removed would be served when Redis is back. So it is remembered here, and sent by a thread until
+Redis has it; as long as it is not sent, this process serves nothing of it. What is remembered is bounded: beyond that,
+the whole namespace is remembered instead, which is one thing. It lives in this process alone: other processes may serve
+the old value until it is sent, and it is lost with the process (said in the log). Who needs more sends a Celery task.
+"""
+
+import atexit
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from threading import Event, Lock, Thread
+
+from .connections import UNAVAILABLE, Connections
+from .forks import renew_after_fork
+
+logger = logging.getLogger(__name__)
+
+MOST = 10_000
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 2.0
+
+
+@dataclass(slots=True)
+class Unsent:
+    """What is to be invalidated. The dicts keep an order and no doubles."""
+
+    keys: dict[str, None] = field(default_factory=dict)
+    tags: dict[str, None] = field(default_factory=dict)
+    expired: dict[str, None] = field(default_factory=dict)
+    """Keys whose entries are to become stale."""
+    patterns: dict[str, None] = field(default_factory=dict)
+    everything: bool = False
+
+    def __len__(self) -> int:
+        return len(self.keys) + len(self.tags) + len(self.expired) + len(self.patterns) + self.everything
+
+    def add(self, other: "Unsent") -> None:
+        """Remember more; the whole namespace when it becomes too much."""
+        self.keys |= other.keys
+        self.tags |= other.tags
+        self.expired |= other.expired
+        self.patterns |= other.patterns
+        self.everything |= other.everything
+        if len(self) > MOST:
+            self.keys, self.tags, self.expired, self.patterns, self.everything = {}, {}, {}, {}, True
+
+    def covers(self, key: str, tags: Iterable[str]) -> bool:
+        """Whether an entry may be one of those. A pattern may mean any."""
+        if self.everything or self.patterns:
+            return True
+        return key in self.keys or key in self.expired or not self.tags.keys().isdisjoint(tags)
+
+
+class Remembered:
+    """The unsent invalidations of one cache in this process.
+
+    Arguments:
+        send: tells Redis of some; raises redis-py's errors. Telling twice does no harm.
+        what: the cache, for the log.
+    """
+
+    def __init__(self, redis: Connections, send: Callable[[Unsent], object], what: str) -> None:
+        self._redis = redis
+        self._send = send
+        self._what = what
+        self._unsent = Unsent()
+        self._sending = Unsent()
+        self._sender = Lock()
+        self._thread: Thread | None = None
+        self._lock = Lock()
+        self.any = False
+        """Whether there are any: cheap enough to ask at each read."""
+        renew_after_fork(self)
+
+    def __repr__(self) -> str:
+        return f"<Remembered of {self._what} [{len(self)} not sent]>"
+
+    def __len__(self) -> int:
+        return len(self._unsent) + len(self._sending)
+
+    def covers(self, key: str, tags: Iterable[str] = ()) -> bool:
+        """Whether an entry may be out of date because of what is not sent."""
+        with self._lock:
+            return self._unsent.covers(key, tags) or self._sending.covers(key, tags)
+
+    def add(self, unsent: Unsent, error: BaseException) -> None:
+        """Remember, and keep trying."""
+        with self._lock:
+            first = not self.any
+            self._unsent.add(unsent)
+            self.any = True
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = Thread(target=self._run, name="petiole-invalidations", daemon=True)
+                self._thread.start()
+        if first:
+            atexit.register(self._at_exit)
+            logger.warning("%s: Redis was not told of an invalidation (%s); it is remembered", self._what, error)
+
+    def send(self) -> bool:
+        """Tell Redis now. Returns whether nothing is left; raises redis-py's errors."""
+        with self._sender:
+            with self._lock:
+                # Apart from what is added from now on, which this sending may come too early for; and still there for
+                # ``covers``, because whoever reads meanwhile must not be served it.
+                self._sending.add(self._unsent)
+                self._unsent = Unsent()
+            self._send(self._sending)
+            with self._lock:
+                self._sending = Unsent()
+                self.any = bool(self._unsent)
+                return not self.any
+
+    def renew_after_fork(self) -> None:
+        """What the parent remembers, the parent sends."""
+        self._lock, self._sender = Lock(), Lock()
+        self._unsent, self._sending, self._thread, self.any = Unsent(), Unsent(), None, False
+
+    def _run(self) -> None:
+        pause, pause_s = Event(), _FIRST_PAUSE_S
+        while not self._redis.closed:
+            pause.wait(pause_s)
+            try:
+                if self.send():
+                    break
+            except (*UNAVAILABLE, RuntimeError):  # RuntimeError: closed between the two lines
+                pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)
+        else:
+            self._lost()
+            return
+        logger.warning("%s: Redis has been told of all invalidations now", self._what)
+
+    def _at_exit(self) -> None:
+        if self.any and not self._redis.closed:
+            try:
+                self.send()
+            except (*UNAVAILABLE, RuntimeError):
+                self._lost()
+
+    def _lost(self) -> None:
+        if self.any:
+            logger.error(
+                "%s: Redis was never told of %d invalidations: %r", self._what, len(self), [self._sending, self._unsent]
+            )
