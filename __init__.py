@@ -8,12 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cachelib import MISS, Cache, Connections, Settings, cached, connect
+    from .cachelib import MISS, Cache, Codec, Connections, Loaded, Near, Pickle, Settings, cached, connect
     from .cachelib.write_behind import SqlSink
     from .coordination import Allowed, Limited, RateLimit, RateLimiter
     from .coordination.memoize import memoized_task
     from .coordination.signals import SignalBridge
     from .tasks.invalidation import invalidate_on_commit
+    from .tasks.refreshing import refreshed_in_worker
     from .tasks.warming import warmed
     from .tasks.write_behind import WriteBehind
 
@@ -25,8 +26,13 @@ __all__ = [
     # Caching
     "MISS",
     "Cache",
+    "Codec",
+    "Loaded",
+    "Near",
+    "Pickle",
     "cached",
     "invalidate_on_commit",
+    "refreshed_in_worker",
     "warmed",
     # Writing behind
     "SqlSink",
@@ -46,8 +52,13 @@ _HOME = {
     "connect": ".cachelib",
     "MISS": ".cachelib",
     "Cache": ".cachelib",
+    "Codec": ".cachelib",
+    "Loaded": ".cachelib",
+    "Near": ".cachelib",
+    "Pickle": ".cachelib",
     "cached": ".cachelib",
     "invalidate_on_commit": ".tasks.invalidation",
+    "refreshed_in_worker": ".tasks.refreshing",
     "warmed": ".tasks.warming",
     "SqlSink": ".cachelib.write_behind",
     "WriteBehind": ".tasks.write_behind",

@@ -25,6 +25,8 @@ class Job(Generic[T]):
         self._done = Event()
         self._value: T | None = None
         self._error: BaseException | None = None
+        self._abandoned: str | None = None
+        self._lock = Lock()
 
     def wait(self, most_s: float | None) -> bool:
         """Wait for its end. Returns whether it came in time."""
@@ -36,14 +38,27 @@ class Job(Generic[T]):
             raise self._error
         return self._value  # type: ignore[return-value]
 
+    def abandon(self, what: str) -> None:
+        """Nobody will ask for the result: if it fails, it is logged."""
+        with self._lock:
+            self._abandoned = what
+            if self._error is not None:
+                self._log()
+
     def run(self, call: Callable[[], T]) -> None:
         """Run it here."""
         try:
             self._value = call()
         except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
-            self._error = error
+            with self._lock:
+                self._error = error
+                if self._abandoned is not None:
+                    self._log()
         finally:
             self._done.set()
+
+    def _log(self) -> None:
+        logger.warning("%s, which nobody waited for any more, failed", self._abandoned, exc_info=self._error)
 
 
 class Background:

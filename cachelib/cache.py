@@ -106,7 +106,7 @@ class Cache:
         self._codec = format if isinstance(format, Codec) else Codec(format)
         self.policies = Policies(Policy().changed(options), self._codec.check_type)
         self._counters = Counters()
-        lease_ms = milliseconds(lease, "lease")
+        self.lease_ms = lease_ms = milliseconds(lease, "lease")
         self._store = EntryStore(redis, self.keys, lease_ms)
         self._remembered = Remembered(redis, _Sending(self._store, self.keys), f"cache {namespace!r}")
         self._near: NearStore | None = None

@@ -24,17 +24,10 @@ from redis.retry import Retry
 from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 
 from .breaker import Breaker
-from .client import UNAVAILABLE as UNAVAILABLE
-from .client import (
-    Circuit,
-    Circuits,
-    ClusterClient,
-    Node,
-    SlotMap,
-    ThreadClient,
-    named,
-    slot_of_key,
-)
+from .circuit import UNAVAILABLE as UNAVAILABLE
+from .circuit import Circuit, Circuits
+from .client import ThreadClient
+from .cluster import ClusterClient, Node, SlotMap, named, slot_of_key
 from .durations import milliseconds
 from .embedded import EmbeddedServer
 from .errors import ServerUnavailable

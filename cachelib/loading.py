@@ -266,6 +266,8 @@ class Loading:
         job = self._timed.start(lambda: self._load_and_fill(request, reading, flight)[0])
         if job is not None and job.wait(limit_ms / 1_000):
             return job.result()
+        if job is not None:
+            job.abandon(f"the load of {request.key!r}")
         # Let others load: this one may hang for ever. If it ends after all, its value is refused, not stored.
         self.keeper.forget(reading.look.token)
         self._flights.close(request.key, flight)
@@ -291,6 +293,8 @@ class Loading:
                 self._give_back(reading)
             elif job.wait(min(limits) / 1_000):
                 return job.result()
+            else:
+                job.abandon(f"the load of {request.key!r}")
         except Exception as error:
             if policy.exception_ttl_ms(error) is not None or isinstance(error, ValueNotCacheable | LoaderRecursion):
                 raise
@@ -349,6 +353,8 @@ class Loading:
         job = self._timed.start(lambda: self._load(request.key, request.loader)[0])
         if job is not None and job.wait(limit_ms / 1_000):
             return _plain_value(job.result())
+        if job is not None:
+            job.abandon(f"the load of {request.key!r}")
         self._counters.add("load_timeouts")
         raise LoadTimedOut(request.key, limit_ms, too_many=job is None)
 
@@ -593,7 +599,7 @@ class Loading:
             return Freshness.GONE, MISS
         try:
             if not reading.raised:
-                return reading.freshness, self._reader.value(reading, policy.type)
+                return reading.freshness, self._reader.value(reading, policy.type, early_ms=_early_ms(reading, policy))
             name, arguments = self._reader.value(reading, tuple[str, list[Any]])
         except Undecodable:
             return Freshness.GONE, MISS
@@ -633,6 +639,13 @@ class Loading:
     def _refuse_recursion(self, key: str) -> None:
         if (id(self), key) in _loading.get():
             raise LoaderRecursion(key)
+
+
+def _early_ms(reading: Reading, policy: Policy) -> int:
+    body = reading.entry.body if reading.entry else None
+    if body is None or policy.early is None:
+        return 0
+    return policies.longest_early_ms(policy.early, ttl_ms=body.ttl_ms, load_ms=body.load_ms)
 
 
 def checked_tags(tags: Sequence[str], keys: CacheKeys) -> None:

@@ -151,6 +151,13 @@ def early_due(
     return fresh_left_ms <= ttl_ms * (1.0 - early)
 
 
+def longest_early_ms(early: float | Literal["xfetch"] | None, *, ttl_ms: int, load_ms: int) -> int:
+    """How long before a value is stale it may have to be refreshed; by "xfetch" seldom longer than this."""
+    if early is None:
+        return 0
+    return 3 * load_ms if early == XFETCH else int(ttl_ms * (1.0 - early))
+
+
 def _duration(name: str, field: str, *, zero_allowed: bool = False, optional: bool = False) -> Callable[[Any], Any]:
     def check(value: Any) -> dict[str, Any]:
         if value is None and optional:

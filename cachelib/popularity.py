@@ -5,7 +5,6 @@ each warming: what was popular an hour ago and is not any more fades out by itse
 """
 
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from .calls import is_plain
 from .connections import UNAVAILABLE, Connections
 from .forks import renew_after_fork
 from .scripts import load
@@ -104,19 +104,10 @@ class Popularity:
 
 def _call(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bytes | None:
     """A call as it is ranked; None when it could not be repeated from that."""
-    if not all(_is_plain(value) for value in (*arguments, *keywords.values())):
+    if not all(is_plain(value) for value in (*arguments, *keywords.values())):
         return None
     try:
         call = msgspec.json.encode([list(arguments), dict(keywords)], order="sorted")
     except (TypeError, ValueError, OverflowError):  # lone surrogates
         return None
     return call if len(call) <= _LONGEST_CALL_BYTES else None
-
-
-def _is_plain(value: object) -> bool:
-    """Whether JSON gives back the very same: not for NaN, nor for subclasses such as enums."""
-    if type(value) is float:
-        return math.isfinite(value)
-    if type(value) is int:
-        return -(2**63) <= value < 2**64
-    return value is None or type(value) in (str, bool)

@@ -151,8 +151,12 @@ class Reader:
         """What a look means. Raises redis-py's errors, when more has to be asked."""
         return self._judged([key], [name], [look])[0]
 
-    def value(self, reading: Reading, type: Any = Any) -> Any:
-        """Unpack, and let the near cache keep it. Raises ``Undecodable``, which is counted."""
+    def value(self, reading: Reading, type: Any = Any, *, early_ms: int = 0) -> Any:
+        """Unpack, and let the near cache keep it. Raises ``Undecodable``, which is counted.
+
+        Arguments:
+            early_ms: how long before it is stale somebody is to look at it in Redis again, to refresh it.
+        """
         if reading.value is not MISS:
             return reading.value
         entry = reading.entry
@@ -173,7 +177,7 @@ class Reader:
                 reading.marker,
                 kept,
                 tags=entry.body.tags,
-                ttl_ms=entries.fresh_left_ms(entry, reading.look.left_ms),
+                ttl_ms=entries.fresh_left_ms(entry, reading.look.left_ms) - early_ms,
                 size=len(packed),
             )
         return value

@@ -47,7 +47,7 @@ def add_invalidation_task(cache: Cache, app: Celery | None) -> Task:
     counters = SharedCounters(cache.redis, "cache", cache.namespace)
 
     def invalidate(keys: Sequence[str] = (), tags: Sequence[str] = ()) -> dict[str, int]:
-        removed = cache.invalidate(keys=keys, tags=tags)
+        removed = cache.invalidate(keys=keys, tags=tags, strict=True)  # or the task tries again
         counters.add(invalidations=len(keys) + len(tags), removed=removed)
         return {"keys": len(keys), "tags": len(tags), "removed": removed}
 
@@ -157,11 +157,7 @@ class CommitInvalidation:
             wiring.send_at_once(self.task, keywords={"keys": keys, "tags": tags})
         except Exception as error:  # noqa: BLE001 - whatever it was: the data is committed, and the cache is not told
             logger.warning("the broker did not take an invalidation (%s); it is done here instead", error)
-            try:
-                self.cache.invalidate(keys=keys, tags=tags)
-            except ServerUnavailable:
-                # The data is committed: raising would make the caller believe that it is not.
-                logger.exception("not invalidated, and stale until their TTL: keys %s, tags %s", keys, tags)
+            self.cache.invalidate(keys=keys, tags=tags, strict=False)  # what Redis does not take is remembered
 
 
 def invalidate_on_commit(
@@ -180,7 +176,7 @@ def invalidate_on_commit(
     with the new value. Nothing is sent for a transaction that is rolled back.
 
     Promises: once the broker has taken the task, the invalidation is tried until Redis has it; when the broker
-    does not, it is tried at once in this process, and logged as an error if that fails too.
+    does not, it is done in this process, which remembers what Redis does not take.
 
     Non-promises: between the commit and the task, readers may still get the old value. What goes past the ORM
     (``session.execute(update(...))``, raw SQL, other programs) is not seen: name it with ``add``. A process that

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, Unpack
 
 from celery import Celery
 
@@ -11,6 +11,7 @@ from ..cachelib.cache import Cache
 from ..cachelib.counters import SharedCounters
 from ..cachelib.decorators import CachedFunction
 from ..cachelib.durations import Duration, milliseconds
+from ..cachelib.policy import Options
 from ..cachelib.popularity import Popularity
 from ..cachelib.templates import CallName, Fingerprint, signature_of
 from . import wiring
@@ -36,11 +37,10 @@ class WarmedFunction(CachedFunction[P, T]):
         top: int,
         app: Celery | None,
         name: str,
-        ttl: Duration | None,
-        stale: Duration,
         tags: Sequence[str],
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(function, cache, key, ttl=ttl, stale=stale, tags=tags)
+        super().__init__(function, cache, key, tags=tags, **options)
         self.popularity = Popularity(cache.redis, cache.keys.popular(name), top=top)
         self._every_s = every_ms / 1_000
         self._counters = SharedCounters(cache.redis, "cache", cache.namespace)
@@ -83,11 +83,10 @@ def warmed(
     *,
     every: Duration,
     top: int = 100,
-    ttl: Duration | None = None,
-    stale: Duration = 0,
     tags: Sequence[str] = (),
     app: Celery | None = None,
     name: str | None = None,
+    **options: Unpack[Options],
 ) -> Callable[[Callable[P, T]], WarmedFunction[P, T]]:
     """Cache a function, and have beat keep its most requested calls fresh.
 
@@ -107,14 +106,14 @@ def warmed(
         key: as for ``cached``. Default: ``name`` and all arguments, by value and type.
         every: how often beat warms; the TTL must be longer.
         top: how many calls are kept fresh.
-        ttl, stale, tags: as for ``cached``.
+        tags, options: as for ``cached``.
         app: the Celery app; without one, as ``shared_task``.
         name: in the task's name. Default: module and function.
 
     Raises ``ValueError`` when entries would run out between two warmings.
     """
     every_ms = milliseconds(every, "every")
-    ttl_ms = cache.ttl_ms if ttl is None else milliseconds(ttl, "ttl")
+    ttl_ms = cache.policies.of(options).ttl_ms
     if ttl_ms <= every_ms:
         raise ValueError(
             f"entries that live for {ttl_ms / 1_000:g} s run out between warmings every {every_ms / 1_000:g} s; "
@@ -134,9 +133,8 @@ def warmed(
             top=top,
             app=app,
             name=chosen,
-            ttl=ttl,
-            stale=stale,
             tags=tags,
+            **options,
         )
 
     return decorate
