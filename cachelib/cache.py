@@ -148,7 +148,14 @@ class Cache:
         """
         if self._near is not None and (value := self._reader.near_value(key, type)) is not MISS:
             return value
-        return self._get_from_redis([key], type).get(key, default)
+        reading = self._reader.read_one(key, plain=type is Any)
+        if reading is None:
+            self._counters.add("misses")
+            return default
+        if reading.value is not MISS:  # fresh, and unpacked already
+            self._counters.add("hits")
+            return reading.value
+        return self._value_of(reading, default, type)
 
     def get_many(self, keys: Iterable[str], *, type: Any = Any) -> dict[str, Any]:
         """The values of those keys that are cached. One round trip, and one more if some have tags."""
@@ -571,11 +578,7 @@ class Cache:
         return readings[0] if readings else None
 
     def _get_from_redis(self, keys: Sequence[str], type: Any) -> dict[str, Any]:
-        readings: Sequence[Reading] | None = None
-        if len(keys) > 1:
-            readings = self._reader.read(keys, plain=type is Any)
-        elif (only := self._reader.read_one(keys[0], plain=type is Any)) is not None:
-            readings = [only]
+        readings = self._reader.read(keys, plain=type is Any)
         found: dict[str, Any] = {}
         for reading in readings or ():
             if reading.freshness is Freshness.GONE or reading.raised:

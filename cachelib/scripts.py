@@ -96,6 +96,7 @@ class Prepared(Generic[T]):
     def __init__(self, script: Script[T], values: dict[str, Any]) -> None:
         self._script = script
         self._request = script.request(values)
+        self._decode: Callable[[Any], T] = script.decode
         command = [b"EVALSHA", script.sha, *self._request]
         parts = [b"*%d\r\n" % len(command)]
         for argument in command:
@@ -110,16 +111,17 @@ class Prepared(Generic[T]):
         return f"<Prepared {self._script.name}>"
 
     def __call__(self, client: "ThreadClient", *holes: bytes) -> T:
-        sized: list[Any] = []
-        for hole in holes:
-            sized += (len(hole), hole)
+        if len(holes) == 1:
+            sized: tuple[Any, ...] = (len(holes[0]), holes[0])
+        else:
+            sized = tuple([part for hole in holes for part in (len(hole), hole)])
         try:
-            reply = client.execute_packed(self._template % tuple(sized))
+            reply = client.execute_packed(self._template % sized)
         except NoScriptError:
             left = iter(holes)
             request = [next(left) if argument is HOLE else argument for argument in self._request]
             reply = client.execute_command("EVAL", self._script.text, *request)
-        return self._script.decode(reply)
+        return reply if self._decode is list else self._decode(reply)
 
 
 def load(package: str, name: str, decode: Callable[[Any], T]) -> Script[T]:
