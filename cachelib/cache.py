@@ -15,8 +15,8 @@ from . import keys as key_names
 from .connections import UNAVAILABLE, Connections
 from .counters import Counters
 from .durations import Duration, milliseconds
-from .entry import Freshness
-from .entry_store import EntryStore, Take, Write
+from .entry import Entry, Freshness
+from .entry_store import ANYTHING, NOTHING, EntryStore, Take, Write
 from .errors import EntryNotCounter, ServerUnavailable
 from .formats import Codec, Pickle, Undecodable
 from .listener import listener_of
@@ -172,7 +172,7 @@ class Cache:
     def get_versioned(self, key: str, *, type: Any = Any) -> Versioned[Any] | None:
         """The value of a key with its version, for ``compare_and_set``; None when it is not cached. Asks Redis."""
         reading = self._one(key)
-        if reading is None or reading.entry is None or reading.freshness is Freshness.GONE or reading.raised:
+        if reading is None or reading.entry is None:
             return None
         try:
             return Versioned(self._reader.value(reading, type), reading.entry.token)
@@ -181,13 +181,12 @@ class Cache:
 
     def exists(self, key: str) -> bool:
         """Whether a key has a value that may be served, fresh or stale. False when Redis does not answer."""
-        reading = self._one(key)
-        return reading is not None and reading.freshness is not Freshness.GONE
+        return self._one(key) is not None
 
     def ttl(self, key: str) -> float | None:
         """For how many seconds a key stays fresh; 0.0 for a stale one, None for one that is not cached."""
         reading = self._one(key)
-        if reading is None or reading.freshness is Freshness.GONE:
+        if reading is None:
             return None
         return entries.fresh_left_ms(reading.entry, reading.look.left_ms) / 1_000
 
@@ -213,7 +212,7 @@ class Cache:
         policy = self.policies.of(options)
         if self._near is not None and (value := self._reader.near_value(key, policy.type)) is not MISS:
             return value  # type: ignore[no-any-return]
-        return self._loading.value(Request(key, loader, policy, _listed(tags, "tags")))  # type: ignore[no-any-return]
+        return self._loading.value(Request(key, loader, policy, checked_tags(tags, self.keys)))  # type: ignore[no-any-return]
 
     def get_or_set_many(
         self,
@@ -243,7 +242,7 @@ class Cache:
             near = {key: self._reader.near_value(key, policy.type) for key in wanted}
             found = {key: value for key, value in near.items() if value is not MISS}
         left = [key for key in wanted if key not in found]
-        found |= self._loading.values(left, loader, policy, _listed(tags, "tags")) if left else {}
+        found |= self._loading.values(left, loader, policy, checked_tags(tags, self.keys)) if left else {}
         return {key: found[key] for key in wanted if key in found}
 
     def refresh(
@@ -265,7 +264,7 @@ class Cache:
         Returns whether a value was loaded and stored. It is not when another process is loading the key,
         the entry is fresh enough, the key was invalidated meanwhile, or Redis does not answer.
         """
-        request = Request(key, loader, self.policies.of(options), _listed(tags, "tags"))
+        request = Request(key, loader, self.policies.of(options), checked_tags(tags, self.keys))
         enough_ms = milliseconds(unless_fresh_for, "unless_fresh_for", zero_allowed=True)
         return self._loading.refresh(request, unless_fresh_for_ms=enough_ms, token=token)
 
@@ -285,7 +284,7 @@ class Cache:
         Arguments: as for ``get_or_set``. Returns whether Redis has it. One round trip. It says what the value *is*: for
         what was read from a database, and may be out of date already, use ``get_or_set``, ``refresh`` or ``guard``.
         """
-        return self._set({key: value}, ttl, stale, tags)
+        return self._set(self._write({key: value}, ttl, stale, tags))
 
     def set_many(
         self,
@@ -303,8 +302,8 @@ class Cache:
         if not values:
             return True
         if guard is None:
-            return self._set(values, ttl, stale, tags)
-        policy, tags = self._policy(ttl, stale), tuple(dict.fromkeys((*guard.tags, *_listed(tags, "tags"))))
+            return self._set(self._write(values, ttl, stale, tags))
+        policy, tags = self._policy(ttl, stale), tuple(dict.fromkeys((*guard.tags, *checked_tags(tags, self.keys))))
         readings = [guard.readings[key] for key in values if key in guard.readings]
         stored = self._loading.fill_many(readings, values, policy, tags, 0) if readings else set()
         self._drop_near(keys=values)
@@ -323,7 +322,7 @@ class Cache:
         """
         wanted = list(dict.fromkeys(_listed(keys, "keys")))
         names = [self.keys.entry(key) for key in wanted]
-        tags = _listed(tags, "tags")
+        tags = checked_tags(tags, self.keys)
         readings = self._reader.look(wanted, names, tags, Take.ALWAYS) if wanted else []
         leased = [reading for reading in readings or [] if reading.leased]
         if not leased:
@@ -347,17 +346,23 @@ class Cache:
         stale: Duration | None = None,
         tags: Sequence[str] = (),
     ) -> bool:
-        """Store a value only where there is none. Of several who try, one is told True. One round trip."""
-        for _ in range(_MOST_TRIES):
-            if self._set({key: value}, ttl, stale, tags, expected=""):
-                return True
-            reading = self._one(key)
-            if reading is None or reading.freshness is not Freshness.GONE:
-                return False
+        """Store a value only where there is none. Of several who try, one is told True.
+
+        One round trip; two more where there is something that may not be served.
+        """
+        write = self._write({key: value}, ttl, stale, tags)
+        if self._set(write, expected=NOTHING):
+            return True
+        for reading in self._looked_at(key):
             if reading.look.stored is None:
-                continue
-            # Stored, but invalidated, or unreadable: as good as nothing, unless somebody has replaced it since.
-            if self._set({key: value}, ttl, stale, tags, expected=_token_of(reading)):
+                done = self._set(write, expected=NOTHING)
+            elif self._is_served(reading):
+                return False
+            elif reading.entry is not None:  # invalidated, or its value cannot be read: as good as nothing
+                done = self._set(write, expected=reading.entry.token)
+            else:
+                done = self._set_over_rubbish(reading, write)
+            if done:
                 return True
         return False
 
@@ -371,11 +376,11 @@ class Cache:
         tags: Sequence[str] = (),
     ) -> bool:
         """Store a value only where there is one that may be served. Returns whether it was. Two round trips."""
-        for _ in range(_MOST_TRIES):
-            reading = self._one(key)
-            if reading is None or reading.freshness is Freshness.GONE:
+        write = self._write({key: value}, ttl, stale, tags)
+        for reading in self._looked_at(key):
+            if reading.entry is None or not self._is_served(reading):
                 return False
-            if self._set({key: value}, ttl, stale, tags, expected=_token_of(reading)):
+            if self._set(write, expected=reading.entry.token, valid=reading.entry):
                 return True
         return False
 
@@ -391,12 +396,14 @@ class Cache:
     ) -> bool:
         """Store a value only if the key still holds what ``get_versioned`` returned. Returns whether it was.
 
-        Not if it was written, deleted or invalidated since. Two round trips.
+        Not if it was written, deleted or invalidated since. Two round trips. On a Cluster, a tag that only the old
+        value had may be invalidated at the same moment without being noticed; name the same tags for the new one.
         """
+        write = self._write({key: value}, ttl, stale, tags)
         reading = self._one(key)
-        if reading is None or reading.freshness is Freshness.GONE or _token_of(reading) != version:
+        if reading is None or reading.entry is None or reading.entry.token != version:
             return False
-        return self._set({key: value}, ttl, stale, tags, expected=version)
+        return self._set(write, expected=version, valid=reading.entry)
 
     def incr(self, key: str, by: int = 1, *, ttl: Duration | None = None) -> int | None:
         """Add to a whole number; a new one starts at 0 and gets the TTL in the same step.
@@ -429,12 +436,16 @@ class Cache:
 
     def touch(self, key: str, ttl: Duration | None = None) -> bool:
         """Give a fresh value a new TTL from now. Returns whether there was one; a stale one stays as it is."""
-        return self._touched(key, ttl) is not None
+        reading, touched = self._touched(key, ttl)
+        return touched and reading is not None and reading.freshness is Freshness.FRESH
 
     def getex(self, key: str, ttl: Duration | None = None, default: T | None = None, *, type: Any = Any) -> Any | T:
         """The value of a key, giving it a new TTL from now if it is fresh. One round trip, two with tags."""
-        reading = self._touched(key, ttl, stale_too=True)
-        return default if reading is None else self._value_of(reading, default, type)
+        reading, _ = self._touched(key, ttl)
+        if reading is None:
+            self._counters.add("misses")
+            return default
+        return self._value_of(reading, default, type)
 
     def getdel(self, key: str, default: T | None = None, *, type: Any = Any) -> Any | T:
         """Take a value out: of several who try, one gets it. Voids a load of the key that is under way.
@@ -533,7 +544,7 @@ class Cache:
         return Stats(**known | now)
 
     def explain(self, key: str) -> Explanation:
-        """Why a key is served or is not, for a person who asks. Two round trips; changes nothing.
+        """Why a key is served or is not, for a person who asks. A few round trips; changes nothing.
 
         Raises ``ServerUnavailable`` when Redis does not answer.
         """
@@ -545,6 +556,7 @@ class Cache:
                 keys=self.keys,
                 store=self._store,
                 redis=self.redis,
+                codec=self._codec,
                 near=self._near,
                 unsent=self._remembered.any and self._remembered.covers(key),
             )
@@ -574,8 +586,27 @@ class Cache:
         return self._loading.refresh(Request(key, loader, policy, tags), unless_fresh_for_ms=enough_ms, token=token)
 
     def _one(self, key: str) -> Reading | None:
+        """What may be served of a key; None where there is nothing, and when Redis does not answer."""
         readings = self._reader.read([key], near=False)
-        return readings[0] if readings else None
+        return readings[0] if readings and self._is_served(readings[0]) else None
+
+    def _looked_at(self, key: str) -> Iterator[Reading]:
+        """What is stored under a key, now and, when others disturb, again."""
+        for _ in range(_MOST_TRIES):
+            readings = self._reader.read([key], near=False)
+            if not readings:
+                return
+            yield readings[0]
+
+    def _is_served(self, reading: Reading) -> bool:
+        """Whether there is a value for readers: no exception, and none that cannot be read."""
+        if reading.freshness is Freshness.GONE or reading.raised:
+            return False
+        try:
+            self._reader.value(reading)
+        except Undecodable:
+            return False
+        return True
 
     def _get_from_redis(self, keys: Sequence[str], type: Any) -> dict[str, Any]:
         readings = self._reader.read(keys, plain=type is Any)
@@ -607,51 +638,55 @@ class Cache:
         given: dict[str, Any] = {name: value for name, value in (("ttl", ttl), ("stale", stale)) if value is not None}
         return self.policies.of(given)
 
-    def _set(
-        self,
-        values: Mapping[str, object],
-        ttl: Duration | None,
-        stale: Duration | None,
-        tags: Sequence[str],
-        *,
-        expected: str = "*",
-    ) -> bool:
-        policy, tags = self._policy(ttl, stale), _listed(tags, "tags")
-        checked_tags(tags, self.keys)
+    def _write(
+        self, values: Mapping[str, object], ttl: Duration | None, stale: Duration | None, tags: Sequence[str]
+    ) -> Write:
+        """What is to be stored. Raises for what cannot be."""
+        policy, tags = self._policy(ttl, stale), checked_tags(tags, self.keys)
         bodies: dict[str, bytes] = {}
         ttls_ms = []
         for key, value in values.items():
             name = self.keys.entry(key)
             ttl_ms = policy.ttl_ms if policy.ttl_of is None else policy.ttls_ms(value)[0]
             ttl_ms = entries.jittered(ttl_ms, random.random())
-            body, _ = self._loading.body(key, name, value, tags, ttl_ms=ttl_ms)
-            bodies[name] = body
+            bodies[name], _ = self._loading.body(key, name, value, tags, ttl_ms=ttl_ms)
             ttls_ms.append(ttl_ms + policy.stale_ms)
+        return Write(bodies, ttls_ms, policy.stale_ms, tags, list(values))
+
+    def _set(self, write: Write, *, expected: str = ANYTHING, valid: Entry | None = None) -> bool:
         try:
-            return self._store.set(Write(bodies, ttls_ms, policy.stale_ms, tags), expected=expected)
+            return self._store.set(write, expected=expected, valid=valid)
         except UNAVAILABLE as error:
             self._reader.degraded("set", error)
             return False
         finally:
-            self._drop_near(keys=values)
+            self._drop_near(keys=write.keys)
 
-    def _touched(self, key: str, ttl: Duration | None, *, stale_too: bool = False) -> Reading | None:
+    def _set_over_rubbish(self, reading: Reading, write: Write) -> bool:
+        """Store where there is something that is no entry at all, which no token tells from another."""
+        try:
+            self._store.take_out(reading.name)
+        except UNAVAILABLE as error:
+            self._reader.degraded("add", error)
+            return False
+        return self._set(write, expected=NOTHING)
+
+    def _touched(self, key: str, ttl: Duration | None) -> tuple[Reading | None, bool]:
+        """What is stored under a key, and whether it was given a new TTL; None when nothing is."""
         ttl_ms = self.ttl_ms if ttl is None else milliseconds(ttl, "ttl")
         name = self.keys.entry(key)
-        tags: Sequence[str] = ()
         try:
-            for _ in range(_MOST_TRIES):
+            look, touched = self._store.touch(name, ttl_ms, ())
+            if not touched and look.stored is not None and (tags := _tags_in(look.stored)):
                 look, touched = self._store.touch(name, ttl_ms, tags)
-                reading = self._reader.judged(key, name, look)
-                known = reading.entry is None or set(reading.entry.tags) <= set(tags)
-                if touched or reading.freshness is not Freshness.FRESH or known:
-                    break
-                tags = reading.entry.tags if reading.entry else ()
+            if look.stored is None:
+                return None, False
+            return self._reader.judged(key, name, look), touched
         except UNAVAILABLE as error:
             self._reader.degraded("touch", error)
-            return None
-        served = reading.freshness is Freshness.FRESH or (stale_too and reading.freshness is Freshness.STALE)
-        return reading if served else None
+            return None, False
+        finally:
+            self._drop_near(keys=[key])
 
     def _invalidate(self, unsent: Unsent, doing: str, strict: bool | None) -> int:
         self._counters.add("invalidations", len(unsent))
@@ -708,11 +743,12 @@ def _send(store: EntryStore, keys: key_names.CacheKeys, unsent: Unsent) -> int:
     return removed
 
 
-def _token_of(reading: Reading) -> str:
-    """The token of an entry, also of one whose body cannot be read."""
-    if reading.entry is not None:
-        return reading.entry.token
-    return (reading.look.stored or b"")[entries.TOKEN].decode("ascii", "replace")
+def _tags_in(stored: bytes) -> Sequence[str]:
+    """The tags that an entry names."""
+    try:
+        return entries.decode(stored).tags
+    except Undecodable:
+        return ()
 
 
 C = TypeVar("C", bound=Iterable[str])

@@ -8,7 +8,7 @@ its fields have fixed widths, in ASCII::
     ^    ^  ^   ^           ^                 ^
     |    |  |   10 digits   16 characters     20 characters each: the namespace's, then the tags'
     |    |  how many versions, 2 digits       (digits are hexadecimal)
-    |    format
+    |    kind: 1 a value, x an exception that the loader raised
     a byte that begins no MessagePack value and no text
 
 The body is one MessagePack array, or the decimal digits of a counter.
@@ -31,7 +31,8 @@ MOST_TAGS = 254  # a count of two hexadecimal digits, less the namespace's own
 WHOLE = ""
 """The tag without a name, which every entry has: that of its namespace."""
 
-_HEAD = b"\xc11"
+_VALUE = b"\xc11"
+_EXCEPTION = b"\xc1x"
 _HEAD_LENGTH = 30
 _VERSION_LENGTH = 20
 TOKEN = slice(14, 30)
@@ -48,8 +49,6 @@ class Body(msgspec.Struct, array_like=True, frozen=True):
     load_ms: int
     """What the value cost to load."""
     tags: list[str]
-    raised: bool
-    """Whether the value is an exception that the loader raised."""
     how: str
     """How the value is packed; see ``formats.py``."""
     value: msgspec.Raw
@@ -73,6 +72,8 @@ class Entry(NamedTuple):
     body: Body | None
     """None for a counter."""
     counter: int
+    raised: bool
+    """Whether the value is an exception that the loader raised."""
 
     @property
     def tags(self) -> Sequence[str]:
@@ -100,12 +101,10 @@ _COUNTER = re.compile(rb"0|-?[1-9][0-9]{0,18}")
 _COUNTER_RANGE = range(-(2**63), 2**63)
 
 
-def encode(
-    how: str, packed: bytes, *, created_ms: int, ttl_ms: int, load_ms: int, tags: Sequence[str], raised: bool = False
-) -> bytes:
+def encode(how: str, packed: bytes, *, created_ms: int, ttl_ms: int, load_ms: int, tags: Sequence[str]) -> bytes:
     """The body of an entry, for a value that is packed already."""
     value = msgspec.Raw(packed if how == "" else _encode(packed))
-    return _encode(Body(created_ms, ttl_ms, load_ms, list(tags), raised, how, value))
+    return _encode(Body(created_ms, ttl_ms, load_ms, list(tags), how, value))
 
 
 def encode_counter(value: object) -> bytes | None:
@@ -115,7 +114,8 @@ def encode_counter(value: object) -> bytes | None:
 
 def decode(stored: bytes) -> Entry:
     """Open what Redis holds. Raises ``Undecodable``, never anything else."""
-    if stored[:2] != _HEAD:
+    kind = stored[:2]
+    if kind not in (_VALUE, _EXCEPTION):
         raise Undecodable("it does not begin like an entry")
     try:
         stale_ms = int(stored[4:14], 16)
@@ -126,13 +126,18 @@ def decode(stored: bytes) -> Entry:
             body = _decode_body(memoryview(stored)[start:])
             if len(versions) != _VERSION_LENGTH * (1 + len(body.tags)):
                 raise Undecodable(f"{len(body.tags)} tags, but {len(versions)} bytes of versions")
-            return Entry(token, stale_ms, versions, body, 0)
+            return Entry(token, stale_ms, versions, body, 0, kind == _EXCEPTION)
     except (msgspec.MsgspecError, ValueError, IndexError, RecursionError) as error:
         raise Undecodable(str(error)) from None
     digits = stored[start:]
-    if not _COUNTER.fullmatch(digits) or len(versions) != _VERSION_LENGTH or int(digits) not in _COUNTER_RANGE:
+    if (
+        kind != _VALUE
+        or not _COUNTER.fullmatch(digits)
+        or len(versions) != _VERSION_LENGTH
+        or int(digits) not in _COUNTER_RANGE
+    ):
         raise Undecodable("neither a counter nor a body")
-    return Entry(token, stale_ms, versions, None, int(digits))
+    return Entry(token, stale_ms, versions, None, int(digits), False)
 
 
 UNSURE = object()
@@ -150,7 +155,7 @@ def fresh_value(stored: bytes, left_ms: int, current: Sequence[bytes | None], ta
     """
     start = _HEAD_LENGTH + _VERSION_LENGTH * len(current)
     try:
-        if stored[:2] != _HEAD or int(stored[2:4], 16) != len(current):
+        if stored[:2] != _VALUE or int(stored[2:4], 16) != len(current):
             return UNSURE
         if stored[_HEAD_LENGTH:start] != (current[0] if len(current) == 1 else b"".join(current)):  # type: ignore[arg-type]
             return UNSURE
@@ -159,7 +164,7 @@ def fresh_value(stored: bytes, left_ms: int, current: Sequence[bytes | None], ta
         body = _decode_plain_body(memoryview(stored)[start:])
     except (msgspec.MsgspecError, ValueError, TypeError, IndexError, RecursionError):
         return UNSURE
-    if body.how or body.raised or (tags and body.tags != list(tags)):
+    if body.how or len(body.tags) != len(tags) or (tags and body.tags != list(tags)):
         return UNSURE
     return body.value
 

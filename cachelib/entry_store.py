@@ -12,17 +12,22 @@ tag that is invalidated between that and the SET leaves an entry with an old ver
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from . import keys as key_names
 from .connections import Connections
-from .entry import WHOLE, invalidated_since
+from .entry import WHOLE, Entry, invalidated_since
 from .scripts import HOLE, Prepared, Script, load
 from .tokens import Tokens
 
 _SCAN_COUNT = 500  # keys looked at per call: large enough to be quick, small enough that others get their turn
 _WAKE_TTL_MS = 10_000  # a wake-up that nobody took is worth nothing after this
 _VERSION_TTL_MS = 3_600_000  # of the versions of tags, at least: longer than any load that is not lost
+
+
+ANYTHING: Final = "*"
+NOTHING: Final = ""
+"""What a conditional write expects, where it is no token of an entry."""
 
 
 class Take(IntEnum):
@@ -66,6 +71,10 @@ class Write:
     """Until they are gone; in the order of the bodies."""
     stale_ms: int = 0
     tags: Sequence[str] = ()
+    keys: Sequence[str] = ()
+    """What the caller calls them."""
+    raised: bool = False
+    """Whether they are exceptions that the loader raised."""
 
 
 _READ: Script[list[Any]] = load(__package__, "entries_read", list)
@@ -210,20 +219,20 @@ class EntryStore:
         return Look(stored, left_ms, versions or dict(zip(tags, raws, strict=True)))
 
     def touch(self, name: str, ttl_ms: int, tags: Sequence[str]) -> tuple[Look, bool]:
-        """Give a fresh entry a new time until it is stale. Also returns whether the tags were enough for that."""
+        """Give a fresh entry that has exactly these tags a new time until it is stale. Also returns whether it was."""
         tags = (WHOLE, *tags)
         version_ttl_ms = max(ttl_ms, _VERSION_TTL_MS)
         made = self._made_versions(tags, version_ttl_ms)[1] if self._split else {}
-        stored, left_ms, raws, enough = _TOUCH(
+        stored, left_ms, raws, touched = _TOUCH(
             self._redis.cache,
             sequence=name if self._split else self._keys.sequence,
             tags=() if self._split else self._tag_keys(tags),
             entry=name,
             ttl_ms=ttl_ms,
             version_ttl_ms=version_ttl_ms,
-            elsewhere=len(made),
+            versions=b"".join(made.values()),
         )
-        return Look(stored, left_ms, made or (dict(zip(tags, raws, strict=True)) if raws else {})), bool(enough)
+        return Look(stored, left_ms, made or (dict(zip(tags, raws, strict=True)) if raws else {})), bool(touched)
 
     # Loads
 
@@ -259,6 +268,7 @@ class EntryStore:
                 wake_ttl_ms=_WAKE_TTL_MS,
                 pause_ms=pause_ms,
                 versions=versions,
+                kind="x" if write.raised else "1",
                 ttls_ms=[ttls_ms[name] for name in group],
                 bodies=[b"" if invalidated else write.bodies[name] for name in group],
             )
@@ -283,14 +293,18 @@ class EntryStore:
 
     # Writing
 
-    def set(self, write: Write, *, expected: str | Literal["*"] = "*") -> bool:
+    def set(self, write: Write, *, expected: str = ANYTHING, valid: Entry | None = None) -> bool:
         """Store entries, and void the loads of them. All or none, on a single server.
 
         Arguments:
-            expected: ``"*"`` whatever is there; ``""`` only where there is nothing; otherwise only over the entry with
-                this token.
+            expected: ``ANYTHING``; or ``NOTHING``, only where there is nothing; or only over the entry with this token.
+            valid: the entry that is expected, if none of its tags may have been invalidated.
         """
-        if len(write.bodies) == 1 and not self._split:
+        olds: Sequence[str] = ()
+        carried = b""
+        if valid is not None:
+            olds, carried = (WHOLE, *valid.tags), valid.versions
+        elif len(write.bodies) == 1 and not self._split:
             return self._set_one(write, expected)
         tags = (WHOLE, *write.tags)
         version_ttl_ms = self._version_ttl_ms(write)
@@ -298,6 +312,9 @@ class EntryStore:
         if self._split:
             _, made = self._made_versions(tags, version_ttl_ms)
             versions = b"".join(made.values())
+            # In this order: a tag of both that is invalidated from now on makes the new entry invalid too.
+            if olds and b"".join(version or b"" for version in self.versions(olds).values()) != carried:
+                return False
         ttls_ms = dict(zip(write.bodies, write.ttls_ms, strict=True))
         stored = True
         for group in self._groups(list(write.bodies)):
@@ -308,6 +325,8 @@ class EntryStore:
                 tags=() if self._split else self._tag_keys(tags),
                 entries=group,
                 leases=leases,
+                olds=() if self._split else self._tag_keys(olds),
+                carried=b"" if self._split else carried,
                 token=self._tokens.next(),
                 expected=expected,
                 stale=f"{write.stale_ms:010x}",
@@ -326,6 +345,8 @@ class EntryStore:
                 tags=[self._keys.whole, *[HOLE] * len(write.tags)],
                 entries=[HOLE],
                 leases=[HOLE],
+                olds=(),
+                carried="",
                 token=HOLE,
                 expected=HOLE,
                 stale=HOLE,

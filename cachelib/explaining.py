@@ -7,13 +7,20 @@ from . import keys as key_names
 from .connections import Connections
 from .entry import Entry, Freshness
 from .entry_store import EntryStore
-from .formats import Undecodable
+from .formats import Codec, Undecodable
 from .near import ABSENT, NearStore
 from .stats import Explanation
 
 
 def explained(
-    key: str, *, keys: key_names.CacheKeys, store: EntryStore, redis: Connections, near: NearStore | None, unsent: bool
+    key: str,
+    *,
+    keys: key_names.CacheKeys,
+    store: EntryStore,
+    redis: Connections,
+    codec: Codec,
+    near: NearStore | None,
+    unsent: bool,
 ) -> Explanation:
     """Look at everything that decides about a key. Raises redis-py's errors."""
     name = keys.entry(key)
@@ -34,8 +41,16 @@ def explained(
         valid = {tag: current.get(tag) == version for tag, version in entries.versions_of(entry).items()}
         freshness = entries.judge(entry, look.left_ms, current)
         state = freshness.value
-        if freshness is Freshness.FRESH:
-            why = "it is served"
+        unreadable = ""
+        try:
+            if entry.body is not None:
+                codec.unpack(entry.body.how, entries.packed_value(entry.body), name)
+        except Undecodable as error:
+            unreadable = str(error)
+        if unreadable and freshness is not Freshness.GONE:
+            state, why = "undecodable", f"its value cannot be read ({unreadable}), which counts as a miss"
+        elif freshness is Freshness.FRESH:
+            why = "it is served" if not entry.raised else "it is an exception, raised for callers that name its class"
         elif freshness is Freshness.STALE:
             why = "its TTL is over; it is served while somebody loads a new one"
         else:
@@ -62,13 +77,7 @@ def explained(
         ttl_ms=body.ttl_ms if body else None,
         stale_ms=entry.stale_ms if entry else 0,
         load_ms=body.load_ms if body else None,
-        how=""
-        if entry is None
-        else "counter"
-        if body is None
-        else "exception"
-        if body.raised
-        else body.how or "msgpack",
+        how=_how(entry),
         tags=valid,
         near=near is not None and near.get(key) is not ABSENT,
         loading=loading,
@@ -76,3 +85,11 @@ def explained(
         unsent=unsent,
         note=f"{key!r}: {why}.",
     )
+
+
+def _how(entry: Entry | None) -> str:
+    if entry is None:
+        return ""
+    if entry.raised:
+        return "exception"
+    return "counter" if entry.body is None else entry.body.how or "msgpack"

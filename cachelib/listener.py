@@ -65,7 +65,7 @@ class Listener:
     """Tells near caches what has changed. Starts its thread with the first that asks, ends it with the last.
 
     >>> listener = Listener(connections)
-    >>> listener.watch(["petiole:1:cache:{shop:"], store)
+    >>> listener.watch([cache.keys.entry_prefix], store)
 
     Promise: while ``time.monotonic() < store.valid_until`` the store has been told of every change whose writer had
     its reply ``heartbeat_s`` ago or earlier. Non-promise: that it is told of each change once, or only of changes.

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from . import entry as entries
+from . import keys as key_names
 from . import policy as policies
 from .background import Background
 from .connections import UNAVAILABLE, Connections
@@ -224,13 +225,21 @@ class Loading:
     def fill_many(
         self, readings: Sequence[Reading], values: Mapping[str, Any], policy: Policy, tags: Sequence[str], load_ms: int
     ) -> set[str]:
-        """Store values under the leases of one look. Returns the keys that were stored; ends the other leases too."""
+        """Store values under the leases of one look. Returns the keys that were stored; ends the other leases too.
+
+        Raises ``ValueNotCacheable`` for the first that has no form, once the others are stored.
+        """
         writes: dict[tuple[int, tuple[str, ...]], dict[str, tuple[bytes, int]]] = {}
         keys = {reading.name: reading.key for reading in readings}
+        failure: Exception | None = None
         for reading in readings:
             if reading.key not in values:
                 continue
-            made = self._packed(reading, values[reading.key], policy, tags, load_ms)
+            try:
+                made = self._packed(reading, values[reading.key], policy, tags, load_ms)
+            except Exception as error:  # noqa: BLE001 - it is raised when the others have been stored
+                failure = failure or error
+                continue
             if made is not None:
                 body, ttl_ms, stale_ms, all_tags, _ = made
                 writes.setdefault((stale_ms, all_tags), {})[reading.name] = (body, ttl_ms)
@@ -253,6 +262,8 @@ class Loading:
                 self._store.give_back(left, look)
         except UNAVAILABLE as error:
             self._reader.degraded("fill", error)
+        if failure is not None:
+            raise failure
         return stored
 
     # Loading
@@ -427,8 +438,14 @@ class Loading:
                 logger.warning("loader of %r failed; the values that there are are served", keys, exc_info=True)
                 return {}
             raise
+        failure: Exception | None = None
         for group in groups:
-            self.fill_many(group, values, policy, tags, load_ms)
+            try:
+                self.fill_many(group, values, policy, tags, load_ms)
+            except Exception as error:  # noqa: BLE001 - it is raised when the other groups have been stored
+                failure = failure or error
+        if failure is not None:
+            raise failure
         return {key: _plain_value(values[key]) for key in keys if key in values}
 
     @contextmanager
@@ -452,11 +469,11 @@ class Loading:
             self._give_back(reading)
             return None
         body, ttl_ms, stale_ms, tags, make = made
-        return make if self._stored(reading, body, ttl_ms, stale_ms, tags) else None
+        return make if self._stored(reading, Write({reading.name: body}, [ttl_ms], stale_ms, tags)) else None
 
-    def _stored(self, reading: Reading, body: bytes, ttl_ms: int, stale_ms: int, tags: Sequence[str]) -> bool:
+    def _stored(self, reading: Reading, write: Write) -> bool:
         try:
-            stored = self._store.fill(Write({reading.name: body}, [ttl_ms], stale_ms, tags), reading.look)
+            stored = self._store.fill(write, reading.look)
         except UNAVAILABLE as error:
             self._reader.degraded("fill", error)
             return False
@@ -524,7 +541,6 @@ class Loading:
         *,
         ttl_ms: int,
         load_ms: int = 0,
-        raised: bool = False,
         countable: bool = True,
     ) -> tuple[bytes, Maker]:
         """The body of an entry, and what makes its value again.
@@ -535,7 +551,8 @@ class Loading:
 
         Raises ``ValueNotCacheable``, ``ValueTooLarge``, and ``Undecodable`` for a value that is not of its type.
         """
-        if countable and not tags and (counter := entries.encode_counter(value)) is not None:
+        countable = countable and not tags and (type is Any or type is int)
+        if countable and (counter := entries.encode_counter(value)) is not None:
             return counter, lambda _type: value
         try:
             if value is MISS:
@@ -552,7 +569,6 @@ class Loading:
             ttl_ms=ttl_ms,
             load_ms=load_ms,
             tags=tags,
-            raised=raised,
         )
         return body, lambda type: self._codec.unpack(how, packed, name, type)
 
@@ -565,11 +581,11 @@ class Loading:
             described = [f"{type(error).__module__}.{type(error).__qualname__}", list(error.args)]
             ttl_ms = entries.jittered(ttl_ms, random.random())
             try:
-                body, _ = self.body(reading.key, reading.name, described, request.tags, ttl_ms=ttl_ms, raised=True)
+                body, _ = self.body(reading.key, reading.name, described, request.tags, ttl_ms=ttl_ms)
             except (ValueNotCacheable, ValueTooLarge) as why:
                 logger.warning("the exception of %r is not cached: %s", request.key, why)
             else:
-                self._stored(reading, body, ttl_ms, 0, request.tags)
+                self._stored(reading, Write({reading.name: body}, [ttl_ms], tags=request.tags, raised=True))
                 return
         has_value = reading.freshness is not Freshness.GONE
         pause = has_value and isinstance(error, Exception) and not isinstance(error, LoaderRecursion)
@@ -648,12 +664,16 @@ def _early_ms(reading: Reading, policy: Policy) -> int:
     return policies.longest_early_ms(policy.early, ttl_ms=body.ttl_ms, load_ms=body.load_ms)
 
 
-def checked_tags(tags: Sequence[str], keys: CacheKeys) -> None:
-    """Refuse what are no tags, or too many."""
+def checked_tags(tags: Sequence[str], keys: CacheKeys) -> Sequence[str]:
+    """Tags as they were given. Refuses what are none, or too many."""
+    if isinstance(tags, str):
+        raise TypeError(f"tags must be several, such as [{tags!r}], not the text {tags!r}")
     if len(tags) > entries.MOST_TAGS:
         raise ValueError(f"an entry may have {entries.MOST_TAGS} tags, not {len(tags)}")
     for tag in tags:
-        keys.tag(tag)
+        if not tag or not isinstance(tag, str) or len(tag) > key_names.LONGEST_NAME_BYTES:
+            keys.tag(tag)  # says what is wrong with it
+    return tags
 
 
 def _plain_value(loaded: Any) -> Any:

@@ -89,6 +89,10 @@ class Loaded(Generic[T]):
     tags: tuple[str, ...] | list[str] = ()
     store: bool = True
 
+    def __post_init__(self) -> None:
+        if isinstance(self.tags, str):
+            raise TypeError(f"tags must be several, such as [{self.tags!r}], not the text {self.tags!r}")
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:

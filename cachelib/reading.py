@@ -47,7 +47,7 @@ class Reading(NamedTuple):
     @property
     def raised(self) -> bool:
         """Whether it is a cached exception."""
-        return self.entry is not None and self.entry.body is not None and self.entry.body.raised
+        return self.entry is not None and self.entry.raised
 
 
 class Reader:
@@ -162,9 +162,11 @@ class Reader:
         entry = reading.entry
         if entry is None:
             raise Undecodable("there is no entry")
-        if entry.body is None:
-            return entry.counter  # not kept near: who counts wants to know the count
         try:
+            if entry.body is None:  # not kept near: who counts wants to know the count
+                if type is Any or type is int:
+                    return entry.counter
+                return self._codec.unpack(*self._codec.pack(entry.counter, reading.name), reading.name, type)
             packed = entries.packed_value(entry.body)
             value = self._codec.unpack(entry.body.how, packed, reading.name, type)
         except Undecodable as error:

@@ -33,6 +33,6 @@ local function version_of(tag, sequence, token, ttl_ms)
 end
 
 -- What stands before the body of an entry. Its fields have fixed widths; entry.py reads them.
-local function head_of(stale, token, versions)
-    return "\1931" .. string.format("%02x", #versions / version_length) .. stale .. token .. versions
+local function head_of(kind, stale, token, versions)
+    return "\193" .. kind .. string.format("%02x", #versions / version_length) .. stale .. token .. versions
 end

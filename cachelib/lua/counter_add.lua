@@ -18,9 +18,9 @@ end
 
 local entry = redis.call("GET", key)
 local left_ms = entry and redis.call("PTTL", key) or -1
-if entry and string.sub(entry, 1, 2) == "\1931" then
+if entry and string.sub(entry, 1, 1) == "\193" then
     local carried = string.sub(entry, 31, 30 + #versions)
-    if carried ~= versions then -- of before the namespace was cleared
+    if carried ~= versions or string.sub(entry, 2, 2) == "x" then -- of before the namespace was cleared; an exception
         entry, left_ms = false, -1
     end
 end
@@ -39,6 +39,6 @@ if type(sum) == "table" and sum.err then
     return sum
 end
 sum = redis.call("GET", key)
-redis.call("SET", key, head_of(stale, ARGV[4], versions) .. sum, "PX", left_ms > 0 and left_ms or ARGV[3])
+redis.call("SET", key, head_of("1", stale, ARGV[4], versions) .. sum, "PX", left_ms > 0 and left_ms or ARGV[3])
 redis.call("DEL", lease)
 return sum

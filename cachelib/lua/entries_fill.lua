@@ -2,9 +2,10 @@
 -- End loads: store what they gave unless that has been invalidated, give the leases back, wake those who wait.
 --
 -- KEYS: sequence, tags..., entries..., leases..., wakes...
--- ARGV: tag_count, token, since, stale, version_ttl_ms, wake_ttl_ms, pause_ms, versions, ttls_ms..., bodies...
+-- ARGV: tag_count, token, since, stale, version_ttl_ms, wake_ttl_ms, pause_ms, versions, kind, ttls_ms..., bodies...
 -- since: the number of the last invalidation when the loads began
 -- versions: of the tags, where those are not among KEYS because they have slots of their own
+-- kind: 1 a value, x an exception that the loader raised
 -- pause_ms: for so long, whoever has a stale value leaves this alone: the load failed; 0: no pause
 -- bodies: empty when the load failed
 -- RETURNS: {1 stored or 0 not stored (the load failed, or the key was invalidated or set while it ran), ...}
@@ -26,7 +27,7 @@ if tag_count > 0 then
         versions = versions .. version
     end
 end
-local head = head_of(ARGV[4], token, versions)
+local head = head_of(ARGV[9], ARGV[4], token, versions)
 
 local outcome = {}
 for i = 1, count do
@@ -35,9 +36,9 @@ for i = 1, count do
     local stored, waiting = 0, 64
     local held = redis.call("HMGET", lease, "token", "waiting")
     if held[1] == token then
-        local body = ARGV[8 + count + i]
+        local body = ARGV[9 + count + i]
         if body ~= "" and not invalidated then
-            redis.call("SET", KEYS[entry], head .. body, "PX", ARGV[8 + i])
+            redis.call("SET", KEYS[entry], head .. body, "PX", ARGV[9 + i])
             stored = 1
         end
         if pause_ms > 0 then
