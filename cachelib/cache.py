@@ -306,7 +306,7 @@ class Cache:
         policy, tags = self._policy(ttl, stale), tuple(dict.fromkeys((*guard.tags, *checked_tags(tags, self.keys))))
         readings = [guard.readings[key] for key in values if key in guard.readings]
         stored = self._loading.fill_many(readings, values, policy, tags, 0) if readings else set()
-        self._drop_near(keys=values)
+        self._reader.changed(values)
         return len(stored) == len(values)
 
     @contextmanager
@@ -348,7 +348,7 @@ class Cache:
     ) -> bool:
         """Store a value only where there is none. Of several who try, one is told True.
 
-        One round trip; two more where there is something that may not be served.
+        One round trip; two where there is something already, three where that may not be served.
         """
         write = self._write({key: value}, ttl, stale, tags)
         if self._set(write, expected=NOTHING):
@@ -419,6 +419,8 @@ class Cache:
         ttl_ms = self.ttl_ms if ttl is None else milliseconds(ttl, "ttl")
         name = self.keys.entry(key)
         try:
+            if self._remembered.any and self._remembered.covers(key):
+                self._remembered.send()  # or the count would go on from what is to be deleted, and be deleted with it
             return self._store.add(name, by, ttl_ms)
         except UNAVAILABLE as error:
             if any(why in str(error) for why in _NOT_COUNTABLE):
@@ -426,7 +428,7 @@ class Cache:
             self._reader.degraded("incr", error)
             return None
         finally:
-            self._drop_near(keys=[key])
+            self._reader.changed([key])
 
     def decr(self, key: str, by: int = 1, *, ttl: Duration | None = None) -> int | None:
         """Take from a whole number; see ``incr``. It may become negative."""
@@ -453,13 +455,14 @@ class Cache:
         ``default`` when it is not cached, and when Redis does not answer; then it may be gone or not.
         """
         name = self.keys.entry(key)
+        unsent = self._remembered.seen()
         try:
-            reading = self._reader.judged(key, name, self._store.take_out(name))
+            reading = self._reader.judged(key, name, self._store.take_out(name), unsent)
         except UNAVAILABLE as error:
             self._reader.degraded("getdel", error)
             return default
         finally:
-            self._drop_near(keys=[key])
+            self._reader.changed([key])
         return self._value_of(reading, default, type)
 
     # Removing
@@ -477,7 +480,7 @@ class Cache:
             self._remember(Unsent(expired={key: None}), error, "expire", self.strict)
             return False
         finally:
-            self._drop_near(keys=[key])
+            self._reader.changed([key])
 
     def delete(self, *keys: str, strict: bool | None = None) -> int:
         """Remove keys, and void the loads of them that are under way. Returns how many were stored.
@@ -558,7 +561,7 @@ class Cache:
                 redis=self.redis,
                 codec=self._codec,
                 near=self._near,
-                unsent=self._remembered.any and self._remembered.covers(key),
+                remembered=self._remembered,
             )
         except UNAVAILABLE as error:
             raise ServerUnavailable(self.redis.address, error, doing="explain") from error
@@ -660,7 +663,7 @@ class Cache:
             self._reader.degraded("set", error)
             return False
         finally:
-            self._drop_near(keys=write.keys)
+            self._reader.changed(write.keys)
 
     def _set_over_rubbish(self, reading: Reading, write: Write) -> bool:
         """Store where there is something that is no entry at all, which no token tells from another."""
@@ -675,18 +678,19 @@ class Cache:
         """What is stored under a key, and whether it was given a new TTL; None when nothing is."""
         ttl_ms = self.ttl_ms if ttl is None else milliseconds(ttl, "ttl")
         name = self.keys.entry(key)
+        unsent = self._remembered.seen()
         try:
             look, touched = self._store.touch(name, ttl_ms, ())
             if not touched and look.stored is not None and (tags := _tags_in(look.stored)):
                 look, touched = self._store.touch(name, ttl_ms, tags)
             if look.stored is None:
                 return None, False
-            return self._reader.judged(key, name, look), touched
+            return self._reader.judged(key, name, look, unsent), touched
         except UNAVAILABLE as error:
             self._reader.degraded("touch", error)
             return None, False
         finally:
-            self._drop_near(keys=[key])
+            self._reader.changed([key])
 
     def _invalidate(self, unsent: Unsent, doing: str, strict: bool | None) -> int:
         self._counters.add("invalidations", len(unsent))
@@ -696,9 +700,8 @@ class Cache:
             self._remember(unsent, error, doing, self.strict if strict is None else strict)
             return 0
         finally:
-            # After Redis, or what was read there before would come in here behind our back.
             everything = unsent.everything or bool(unsent.patterns)
-            self._drop_near(keys=unsent.keys, tags=unsent.tags, everything=everything)
+            self._reader.changed(unsent.keys, unsent.tags, everything=everything)
 
     def _remember(self, unsent: Unsent, error: BaseException, doing: str, strict: bool) -> None:
         self._counters.add("errors")
@@ -706,16 +709,6 @@ class Cache:
             raise ServerUnavailable(self.redis.address, error, doing=doing) from error
         self._counters.add("remembered", len(unsent))
         self._remembered.add(unsent, error)
-
-    def _drop_near(self, keys: Iterable[str], tags: Iterable[str] = (), *, everything: bool = False) -> None:
-        if self._near is None:
-            return
-        if everything:
-            self._near.clear()
-        for key in keys:
-            self._near.drop(key)
-        for tag in tags:
-            self._near.drop_tag(tag)
 
 
 class _Sending:
@@ -731,11 +724,13 @@ class _Sending:
 
 def _send(store: EntryStore, keys: key_names.CacheKeys, unsent: Unsent) -> int:
     """Tell Redis of invalidations. Returns how many keys and tags were removed; raises redis-py's errors."""
-    removed = store.delete([keys.entry(key) for key in unsent.keys]) if unsent.keys else 0
-    for key in unsent.expired:
-        removed += store.expire(keys.entry(key))
+    removed = 0
     if tags := [*unsent.tags, *([entries.WHOLE] if unsent.everything else [])]:
         removed += store.drop(tags)
+    if unsent.keys:
+        removed += store.delete([keys.entry(key) for key in unsent.keys])
+    for key in unsent.expired:
+        removed += store.expire(keys.entry(key))
     for pattern in unsent.patterns:
         # A load that is under way has a lease; if its lease is there during the whole first pass, it is found and
         # voided; if not, the load filled the entry during the first pass, and the second one finds it.

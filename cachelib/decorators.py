@@ -50,7 +50,12 @@ class CachedFunction(Generic[P, T]):
         self.cache = cache
         self._signature = signature_of(function)
         if key is None:
-            self._key: CallName = Fingerprint(self._signature, prefix=f"{function.__module__}.{function.__qualname__}:")
+            first = next(iter(self._signature.parameters), "")
+            self._key: CallName = Fingerprint(
+                self._signature,
+                prefix=f"{function.__module__}.{function.__qualname__}:",
+                without=[first] if first in ("self", "cls") else [],
+            )
         else:
             self._key = Template(key, self._signature) if isinstance(key, str) else key
         self._tags = [Template(tag, self._signature) for tag in tags]

@@ -6,6 +6,7 @@ PATH; ``guarded`` sees to it that it does not outlive its owner.
 
 import atexit
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -54,6 +55,8 @@ class EmbeddedServer:
                     [
                         *(program, "--port", str(port), "--bind", "127.0.0.1", "--protected-mode", "yes"),
                         *("--save", "", "--appendonly", "no", "--dir", tempfile.gettempdir()),
+                        # A name that no one else has: a server begins with what a file of this name holds.
+                        *("--dbfilename", f"petiole-{secrets.token_hex(8)}.rdb"),
                         *options,
                     ],
                     output=log,

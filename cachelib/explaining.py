@@ -9,6 +9,7 @@ from .entry import Entry, Freshness
 from .entry_store import EntryStore
 from .formats import Codec, Undecodable
 from .near import ABSENT, NearStore
+from .remembered import Remembered
 from .stats import Explanation
 
 
@@ -20,7 +21,7 @@ def explained(
     redis: Connections,
     codec: Codec,
     near: NearStore | None,
-    unsent: bool,
+    remembered: Remembered,
 ) -> Explanation:
     """Look at everything that decides about a key. Raises redis-py's errors."""
     name = keys.entry(key)
@@ -61,6 +62,7 @@ def explained(
                 if not is_valid
             ]
             why = f"stored, but {', '.join(dead)} was invalidated or evicted since, so it is not served"
+    unsent = remembered.any and remembered.covers(key, entry.tags if entry else ())
     if unsent:
         why += "; an invalidation of it waits for Redis to answer, so this process does not serve it"
     if lease_left_ms and not loading:

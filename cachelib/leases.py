@@ -6,6 +6,8 @@ connections are closed. A load that was voided meanwhile is not renewed, so its 
 """
 
 import logging
+import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event, Lock, Thread
@@ -22,6 +24,8 @@ class _Held(NamedTuple):
     """Loads that are under way."""
 
     names: Sequence[str]
+    until: float = math.inf
+    """When nobody waits for them any more, by ``time.monotonic()``: then others may load."""
     seen: bool = False
     """Whether it was there at the last round."""
 
@@ -51,11 +55,11 @@ class LeaseKeeper:
         self._held, self._thread = {}, None
 
     @contextmanager
-    def keeping(self, names: Sequence[str], token: str) -> Iterator[None]:
-        """Renew the leases of some entries, which one look took, while the block runs."""
+    def keeping(self, names: Sequence[str], token: str, most_s: float = math.inf) -> Iterator[None]:
+        """Renew the leases of some entries, which one look took, while the block runs, and for ``most_s`` at most."""
         try:
             with self._lock:
-                self._held[token] = _Held(names)
+                self._held[token] = _Held(names, time.monotonic() + most_s)
                 if self._thread is None:
                     self._thread = Thread(target=self._run, name="petiole-leases", daemon=True)
                     self._thread.start()
@@ -80,7 +84,8 @@ class LeaseKeeper:
 
     def _due(self) -> list[tuple[str, "_Held"]]:
         """Those that were held a round ago already: most loads are done before their first."""
+        now = time.monotonic()
         with self._lock:
-            due = [(token, held) for token, held in self._held.items() if held.seen]
+            due = [(token, held) for token, held in self._held.items() if held.seen and now < held.until]
             self._held = {token: held._replace(seen=True) for token, held in self._held.items()}
         return due

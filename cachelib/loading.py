@@ -7,6 +7,7 @@ token.
 """
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -159,11 +160,12 @@ class Loading:
                 left_ms = entries.fresh_left_ms(readings[0].entry, readings[0].look.left_ms)
                 if left_ms > unless_fresh_for_ms:
                     return False
-        reading = self._look(request, name, Take.GO_ON if token else Take.ALWAYS, token)
+        # As those do who have nothing to serve: it does not mind that a load has just failed.
+        reading = self._look(request, name, Take.GO_ON if token else Take.OR_WAIT, token)
         if reading is None or not reading.leased:
             return False
         self._counters.add("refreshes")
-        return self._load_and_fill(request, reading, None)[1]
+        return self._load_and_fill(request, reading, None, pause=bool(token))[1]
 
     # Several keys
 
@@ -262,6 +264,8 @@ class Loading:
                 self._store.give_back(left, look)
         except UNAVAILABLE as error:
             self._reader.degraded("fill", error)
+        finally:
+            self._reader.changed(keys.values())
         if failure is not None:
             raise failure
         return stored
@@ -369,15 +373,21 @@ class Loading:
         self._counters.add("load_timeouts")
         raise LoadTimedOut(request.key, limit_ms, too_many=job is None)
 
-    def _load_and_fill(self, request: Request, reading: Reading, flight: Flight | None) -> tuple[Any, bool]:
-        """Load under the lease, store it, and bring the flight home. Returns the value, and whether it was stored."""
+    def _load_and_fill(
+        self, request: Request, reading: Reading, flight: Flight | None, *, pause: bool = True
+    ) -> tuple[Any, bool]:
+        """Load under the lease, store it, and bring the flight home. Returns the value, and whether it was stored.
+
+        Arguments:
+            pause: whether a loader that fails is left alone for a while, because there is a value that is served.
+        """
         brought: Maker | None = None
         try:
             try:
-                with self.keeper.keeping([reading.name], reading.look.token):
+                with self.keeper.keeping([reading.name], reading.look.token, _most_s(request.policy)):
                     loaded, load_ms = self._load(request.key, request.loader)
             except BaseException as error:
-                self._failed(request, reading, error)
+                self._failed(request, reading, error, pause=pause)
                 raise
             if flight is not None:
                 self._flights.close(request.key, flight)
@@ -477,6 +487,8 @@ class Loading:
         except UNAVAILABLE as error:
             self._reader.degraded("fill", error)
             return False
+        finally:
+            self._reader.changed([reading.key])
         if not stored[reading.name]:
             self._counters.add("refused")
         return stored[reading.name]
@@ -574,7 +586,7 @@ class Loading:
 
     # Failing
 
-    def _failed(self, request: Request, reading: Reading, error: BaseException) -> None:
+    def _failed(self, request: Request, reading: Reading, error: BaseException, *, pause: bool) -> None:
         """A load raised: cache the exception where asked, or end the lease, with a pause where a value is left."""
         ttl_ms = request.policy.exception_ttl_ms(error)
         if ttl_ms is not None:
@@ -587,8 +599,8 @@ class Loading:
             else:
                 self._stored(reading, Write({reading.name: body}, [ttl_ms], tags=request.tags, raised=True))
                 return
-        has_value = reading.freshness is not Freshness.GONE
-        pause = has_value and isinstance(error, Exception) and not isinstance(error, LoaderRecursion)
+        pause = pause and reading.freshness is not Freshness.GONE
+        pause = pause and isinstance(error, Exception) and not isinstance(error, LoaderRecursion)
         self._end([reading.name], reading, request.policy.retry_after_ms if pause else 0)
 
     def _give_back(self, reading: Reading) -> None:
@@ -655,6 +667,11 @@ class Loading:
     def _refuse_recursion(self, key: str) -> None:
         if (id(self), key) in _loading.get():
             raise LoaderRecursion(key)
+
+
+def _most_s(policy: Policy) -> float:
+    """How long a load is waited for at all."""
+    return math.inf if policy.hard_timeout_ms is None else policy.hard_timeout_ms / 1_000
 
 
 def _early_ms(reading: Reading, policy: Policy) -> int:

@@ -18,7 +18,7 @@ from .formats import Codec, Undecodable
 from .keys import CacheKeys
 from .missing import MISS
 from .near import ABSENT, Marker, NearStore
-from .remembered import Remembered
+from .remembered import Remembered, Unsent
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +96,12 @@ class Reader:
                 if value is entries.UNSURE:
                     unsure.append(i)
                 readings.append(Reading(keys[i], names[i], Freshness.FRESH, None, _SEEN, None, value))
+            if self._remembered.any:
+                unsure = list(range(len(looks)))
             if unsure:
-                judged = self._judged([keys[i] for i in unsure], [names[i] for i in unsure], [looks[i] for i in unsure])
+                judged = self._judged(
+                    [keys[i] for i in unsure], [names[i] for i in unsure], [looks[i] for i in unsure], None
+                )
                 for i, reading in zip(unsure, judged, strict=True):
                     readings[i] = reading
             return readings
@@ -117,13 +121,14 @@ class Reader:
             readings = self.read([key])
             return readings[0] if readings else None
         name = self._keys.entry(key)
+        unsent = self._remembered.seen()
         try:
             stored, left_ms, versions = self._store.read_one(name)
-            if plain and stored is not None and not self._remembered.any:
+            if plain and stored is not None and unsent is None and not self._remembered.any:
                 value = entries.fresh_value(stored, left_ms, versions, ())
                 if value is not entries.UNSURE:
                     return Reading(key, name, Freshness.FRESH, None, _SEEN, None, value)
-            return self.judged(key, name, Look(stored, left_ms, {entries.WHOLE: versions[0]}))
+            return self.judged(key, name, Look(stored, left_ms, {entries.WHOLE: versions[0]}), unsent)
         except UNAVAILABLE as error:
             self.degraded("get", error)
             return None
@@ -133,23 +138,28 @@ class Reader:
         if self._near is not None or self._store.split:
             readings = self.look([key], [name], tags, take)
             return readings[0] if readings else None
+        unsent = self._remembered.seen()
         try:
             reply, token = self._store.look_one(name, tags, take)
             since, versions, (stored, left_ms, lease, holder) = reply
-            if plain and lease == 0 and not self._remembered.any:
+            if plain and lease == 0 and unsent is None and not self._remembered.any:
                 value = entries.fresh_value(stored, left_ms, versions, tags)
                 if value is not entries.UNSURE:
                     return Reading(key, name, Freshness.FRESH, None, _SEEN, None, value)
             known = dict(zip((entries.WHOLE, *tags), versions, strict=True))
             look = Look(stored, left_ms, known, lease, holder.decode("ascii", "replace"), token, since)
-            return self.judged(key, name, look)
+            return self.judged(key, name, look, unsent)
         except UNAVAILABLE as error:
             self.degraded("get_or_set", error)
             return None
 
-    def judged(self, key: str, name: str, look: Look) -> Reading:
-        """What a look means. Raises redis-py's errors, when more has to be asked."""
-        return self._judged([key], [name], [look])[0]
+    def judged(self, key: str, name: str, look: Look, unsent: Unsent | None) -> Reading:
+        """What a look means. Raises redis-py's errors, when more has to be asked.
+
+        Arguments:
+            unsent: what Redis had not heard of when it was asked.
+        """
+        return self._judged([key], [name], [look], unsent)[0]
 
     def value(self, reading: Reading, type: Any = Any, *, early_ms: int = 0) -> Any:
         """Unpack, and let the near cache keep it. Raises ``Undecodable``, which is counted.
@@ -210,6 +220,20 @@ class Reader:
         self._counters.add("undecodable")
         logger.warning("the entry of %r cannot be read (%s) and counts as a miss", key, error)
 
+    def changed(self, keys: Iterable[str], tags: Iterable[str] = (), *, everything: bool = False) -> None:
+        """Forget what this process keeps of what it has changed, once Redis has replied.
+
+        Not before: what was read there before would come in here behind our back.
+        """
+        if self._near is None:
+            return
+        if everything:
+            self._near.clear()
+        for key in keys:
+            self._near.drop(key)
+        for tag in tags:
+            self._near.drop_tag(tag)
+
     def degraded(self, doing: str, error: BaseException) -> None:
         """Go on without Redis: counted, and raised in a strict cache."""
         self._counters.add("errors")
@@ -230,8 +254,9 @@ class Reader:
         store = self._near if near else None
         markers = [] if store is None else [store.begin(key) for key in keys]
         kept = 0
+        unsent = self._remembered.seen()
         try:
-            readings = self._judged(keys, names, ask(), markers)
+            readings = self._judged(keys, names, ask(), unsent, markers)
             kept = len(readings)
             return readings
         except UNAVAILABLE as error:
@@ -243,7 +268,12 @@ class Reader:
                     store.abandon(key, marker)
 
     def _judged(
-        self, keys: Sequence[str], names: Sequence[str], looks: Sequence[Look], markers: Sequence[Marker | None] = ()
+        self,
+        keys: Sequence[str],
+        names: Sequence[str],
+        looks: Sequence[Look],
+        unsent: Unsent | None,
+        markers: Sequence[Marker | None] = (),
     ) -> list[Reading]:
         opened = [self._opened(key, look) for key, look in zip(keys, looks, strict=True)]
         versions = looks[0].versions if looks else {}
@@ -252,7 +282,11 @@ class Reader:
         readings = []
         for i, (key, entry, look) in enumerate(zip(keys, opened, looks, strict=True)):
             freshness = Freshness.GONE if entry is None else entries.judge(entry, look.left_ms, versions)
-            if self._remembered.any and entry is not None and self._remembered.covers(key, entry.tags):
+            if entry is not None and (
+                # Both: it may have been sent since Redis was asked, or added.
+                (unsent is not None and unsent.covers(key, entry.tags))
+                or (self._remembered.any and self._remembered.covers(key, entry.tags))
+            ):
                 freshness = Freshness.GONE
             reading = Reading(key, names[i], freshness, entry, look, markers[i] if markers else None)
             if reading.marker is not None and (freshness is not Freshness.FRESH or reading.raised or not entry.body):  # type: ignore[union-attr]

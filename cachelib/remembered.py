@@ -9,8 +9,10 @@ the old value until it is sent, and it is lost with the process (said in the log
 import atexit
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Event, Lock, Thread
+from weakref import WeakSet
 
 from .connections import UNAVAILABLE, Connections
 from .forks import renew_after_fork
@@ -73,6 +75,7 @@ class Remembered:
         self.any = False
         """Whether there are any: cheap enough to ask at each read."""
         renew_after_fork(self)
+        _known.add(self)
 
     def __repr__(self) -> str:
         return f"<Remembered of {self._what} [{len(self)} not sent]>"
@@ -91,11 +94,10 @@ class Remembered:
             first = not self.any
             self._unsent.add(unsent)
             self.any = True
-            if self._thread is None or not self._thread.is_alive():
+            if self._thread is None:
                 self._thread = Thread(target=self._run, name="petiole-invalidations", daemon=True)
                 self._thread.start()
         if first:
-            atexit.register(self._at_exit)
             logger.warning("%s: Redis was not told of an invalidation (%s); it is remembered", self._what, error)
 
     def send(self) -> bool:
@@ -112,34 +114,56 @@ class Remembered:
                 self.any = bool(self._unsent)
                 return not self.any
 
+    def seen(self) -> Unsent | None:
+        """What Redis has not heard of at this moment; None when there is nothing."""
+        if not self.any:
+            return None
+        with self._lock:
+            seen = Unsent()
+            seen.add(self._sending)
+            seen.add(self._unsent)
+            return seen
+
     def renew_after_fork(self) -> None:
         """What the parent remembers, the parent sends."""
         self._lock, self._sender = Lock(), Lock()
         self._unsent, self._sending, self._thread, self.any = Unsent(), Unsent(), None, False
+
+    def at_exit(self) -> None:
+        """Try once more, or say what is lost."""
+        if self.any and not self._redis.closed:
+            with suppress(*UNAVAILABLE, RuntimeError):
+                self.send()
+        self._say_what_is_lost()
 
     def _run(self) -> None:
         pause, pause_s = Event(), _FIRST_PAUSE_S
         while not self._redis.closed:
             pause.wait(pause_s)
             try:
-                if self.send():
-                    break
+                self.send()
             except (*UNAVAILABLE, RuntimeError):  # RuntimeError: closed between the two lines
                 pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)
+                continue
+            with self._lock:
+                if not self.any:  # under the lock in which another would see that there is a thread
+                    self._thread = None
+                    break
         else:
-            self._lost()
+            self._say_what_is_lost()
             return
         logger.warning("%s: Redis has been told of all invalidations now", self._what)
 
-    def _at_exit(self) -> None:
-        if self.any and not self._redis.closed:
-            try:
-                self.send()
-            except (*UNAVAILABLE, RuntimeError):
-                self._lost()
-
-    def _lost(self) -> None:
+    def _say_what_is_lost(self) -> None:
         if self.any:
-            logger.error(
-                "%s: Redis was never told of %d invalidations: %r", self._what, len(self), [self._sending, self._unsent]
-            )
+            left = [self._sending, self._unsent]
+            logger.error("%s: Redis was never told of %d invalidations: %r", self._what, len(self), left)
+
+
+_known: "WeakSet[Remembered]" = WeakSet()
+
+
+@atexit.register
+def _at_exit() -> None:
+    for remembered in list(_known):
+        remembered.at_exit()

@@ -1,7 +1,9 @@
 """Keys and tags made of a call's arguments."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -53,20 +55,67 @@ class Template:
 
 
 class Fingerprint:
-    """A digest of all arguments: defaults applied, order and keywords irrelevant, ``1``, ``"1"`` and ``True`` apart."""
+    """A digest of all arguments: defaults applied, order and keywords irrelevant, ``1``, ``"1"`` and ``True`` apart.
 
-    def __init__(self, signature: inspect.Signature, prefix: str = "") -> None:
+    Arguments:
+        prefix: what the text begins with.
+        without: names of arguments that are left out.
+        by_type: tell apart what a message would make the same: a tuple and a list, ``Decimal("1")`` and ``"1"``. Not
+            for calls that go through a message somewhere, and through none elsewhere.
+    """
+
+    def __init__(
+        self, signature: inspect.Signature, prefix: str = "", *, without: Sequence[str] = (), by_type: bool = True
+    ) -> None:
         self.text = f"{prefix}(all arguments)"
         self._prefix = prefix
         self._signature = signature
+        self._without = without
+        self._by_type = by_type
 
     def fill(self, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> str:
         bound = _bound(self._signature, arguments, keywords).arguments
+        for name in self._without:
+            bound.pop(name, None)
         try:
-            packed = msgspec.msgpack.encode(bound, order="sorted")
+            packed = _encode_sorted(_told_apart(bound) if self._by_type else bound)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise TypeError(f"cannot tell calls apart by {bound!r}: {error}; give a key template") from None
         return self._prefix + blake2b(packed, digest_size=16).hexdigest()
+
+
+_encode_sorted = msgspec.msgpack.Encoder(order="sorted").encode
+_BY_ITSELF = (str, int, float, bool, bytes, type(None))
+_OF_A_TYPE = 1  # code of the MessagePack extension that holds what is told by its type's name too
+
+
+def _told_apart(value: Any) -> Any:
+    """A value in which everything that MessagePack does not tell apart by itself carries the name of its type."""
+    kind = type(value)
+    if kind in _BY_ITSELF:
+        return value
+    if kind is list:
+        return [_told_apart(item) for item in value]
+    if kind is dict and all(type(key) is str for key in value):
+        return {key: _told_apart(item) for key, item in value.items()}
+    parts: Any
+    if isinstance(value, Mapping):
+        parts = sorted(_encode_sorted([_told_apart(key), _told_apart(item)]) for key, item in value.items())
+    elif isinstance(value, set | frozenset):
+        parts = sorted(_encode_sorted(_told_apart(item)) for item in value)
+    elif isinstance(value, list | tuple):
+        parts = [_told_apart(item) for item in value]
+    elif dataclasses.is_dataclass(value):
+        parts = [_told_apart(getattr(value, field.name)) for field in dataclasses.fields(value)]
+    elif isinstance(value, msgspec.Struct):
+        parts = [_told_apart(getattr(value, field)) for field in value.__struct_fields__]
+    elif isinstance(value, Enum):
+        parts = value.name
+    elif hasattr(value, "model_dump"):
+        parts = _told_apart(value.model_dump())
+    else:
+        parts = msgspec.to_builtins(value)
+    return msgspec.msgpack.Ext(_OF_A_TYPE, _encode_sorted([kind.__module__, kind.__qualname__, parts]))
 
 
 def _bound(

@@ -94,7 +94,7 @@ class MemoizedTask(Task):
     def invalidate(self, *arguments: Any, **keywords: Any) -> None:
         """Forget the result of a call; a run of it that is under way will not be remembered.
 
-        Raises ``ServerUnavailable`` when Redis does not answer.
+        When Redis does not answer it is remembered, and sent when it does; see ``Cache.invalidate``.
         """
         self.memo.cache(self.app).delete(self.memo.key(self.name, arguments, keywords))
 
@@ -140,7 +140,7 @@ def memoized_task(
 
     def decorate(function: Callable[..., Any]) -> MemoizedTask:
         signature = signature_of(function, without_first=bool(options.get("bind")))
-        name: CallName = Fingerprint(signature) if key is None else Template(key, signature)
+        name: CallName = Fingerprint(signature, by_type=False) if key is None else Template(key, signature)
         memo = Memo(cache, name, ttl, stale, [Template(tag, signature) for tag in tags])
         parent = base or (app.Task if app is not None else Task)
         kind = type("MemoizedTask", (MemoizedTask, parent), {"abstract": True, "memo": memo})

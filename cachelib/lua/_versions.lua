@@ -6,9 +6,15 @@
 
 local version_length = 20
 
+-- What is no text under a name of ours is nobody's, and is written over.
+local function text_of(key)
+    local text = redis.pcall("GET", key)
+    return type(text) == "string" and text
+end
+
 local function sequence_of(key, ttl_ms)
-    local number = tonumber(redis.call("GET", key))
-    if not number then -- never used, or evicted: go on from a number that is higher than any before
+    local number = tonumber(text_of(key))
+    if not number or number % 1 ~= 0 then -- never used, or evicted: go on from a number that is higher than any before
         local now = redis.call("TIME")
         number = now[1] * 1000000 + now[2]
         redis.call("SET", key, string.format("%.0f", number), "PX", ttl_ms)
@@ -21,7 +27,7 @@ end
 -- The version of a tag, kept for at least ttl_ms from now on; made if there is none. It is given twice the time, so that
 -- it is seldom touched: to near caches, which hear of every touch, that looks like an invalidation.
 local function version_of(tag, sequence, token, ttl_ms)
-    local version = redis.call("GET", tag)
+    local version = text_of(tag)
     ttl_ms = tonumber(ttl_ms)
     if not version or #version ~= version_length then
         version = sequence .. string.sub(token, -7)

@@ -7,9 +7,12 @@
 -- One script, because the stale window stands in the entry, and another entry must not get it.
 
 redis.call("DEL", KEYS[2])
-local entry = redis.call("GETRANGE", KEYS[1], 0, 13)
+local entry = redis.pcall("GETRANGE", KEYS[1], 0, 13)
 if entry == "" then
     return 0
+elseif type(entry) ~= "string" then -- another kind of key: no entry, and nobody's
+    redis.call("UNLINK", KEYS[1])
+    return 1
 end
 local stale_ms = tonumber(string.sub(entry, 5, 14), 16) or 0
 if stale_ms == 0 then

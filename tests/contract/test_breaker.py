@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from petiole.cachelib import Settings, connect
-from petiole.cachelib.client import CircuitOpen
+from petiole.cachelib.circuit import CircuitOpen
 from petiole.cachelib.connections import UNAVAILABLE
 
 TIMEOUT_S = 0.05
@@ -144,7 +144,7 @@ def test_a_refused_connection_opens_it_too():
 
 def test_it_is_logged_when_it_opens_and_when_it_closes_and_never_between(own, caplog):
     """One line each, without the password of the URL."""
-    with caplog.at_level(logging.DEBUG, "petiole.cachelib.client"):
+    with caplog.at_level(logging.DEBUG, "petiole.cachelib.circuit"):
         with hung(own):
             fail_until_open(own)
             until = time.monotonic() + 0.7

@@ -63,13 +63,23 @@ def test_a_cache_that_was_never_used_works_in_the_child(redis, name):
 
 @pytest.mark.parametrize(
     "lock_of",
-    [lambda c: c.redis._lock, lambda c: c._counters._lock, lambda c: c._waiting._lock],
-    ids=["connections", "counters", "waiting"],
+    [
+        lambda c: c.redis._lock,
+        lambda c: c._counters._lock,
+        lambda c: c._remembered._lock,
+        lambda c: c._loading._flights._lock,
+        lambda c: c._loading.keeper._lock,
+        lambda c: c._loading._refreshing._lock,
+        lambda c: c._loading._timed._lock,
+    ],
+    ids=["connections", "counters", "remembered", "flights", "leases", "refreshes", "loads-with-a-limit"],
 )
 def test_a_lock_that_another_thread_held_does_not_stop_the_child(redis, name, lock_of, monkeypatch):
     """At the moment of a fork any lock may be held; in the child nobody is there to release it."""
     monkeypatch.setattr(f"{__name__}.CHILD_MAY_TAKE_S", 5)
     cache = Cache(redis, namespace=name)
+    cache.set("stale", "old", stale=600)
+    redis.coordination.pexpire(cache.keys.entry("stale"), 300_000)
     held, release = threading.Event(), threading.Event()
 
     def hold():
@@ -82,9 +92,13 @@ def test_a_lock_that_another_thread_held_does_not_stop_the_child(redis, name, lo
         assert held.wait(10)
 
         def work():
-            cache.get("k")
-            cache._waiting.wait(cache.keys.entry("k"), 0.01)
-            return cache.get_or_set("k", lambda: 1) == 1
+            cache._remembered.covers("k")
+            return (
+                cache.get("k"),
+                cache.get_or_set("k", lambda: 1),
+                cache.get_or_set("limited", lambda: 2, hard_timeout=60),
+                cache.get_or_set("stale", lambda: "new", refresh="thread"),
+            ) == (None, 1, 2, "old")
 
         pid = in_child(work)
         release.set()
@@ -92,9 +106,10 @@ def test_a_lock_that_another_thread_held_does_not_stop_the_child(redis, name, lo
         assert succeeded(pid)
 
 
-def test_a_child_waits_for_itself_where_its_parent_was_waiting(redis, name):
-    """A thread of the parent that waited for a key does not exist in the child, which must not wait for it."""
-    cache = Cache(redis, namespace=name, lease="2m")
+@pytest.mark.parametrize("parent", ["loads", "waits"])
+def test_a_child_waits_for_itself_where_its_parent_was_busy(redis, name, parent):
+    """A thread of the parent that loads a key, or waits for it, does not exist in the child, which must not join it."""
+    cache, other = (Cache(redis, namespace=name, lease="2m") for _ in range(2))
     entered, go = threading.Event(), threading.Event()
 
     def blocked():
@@ -109,12 +124,14 @@ def test_a_child_waits_for_itself_where_its_parent_was_waiting(redis, name):
     with ThreadPoolExecutor(2) as pool, pytest.MonkeyPatch.context() as patch:
         patch.setattr("petiole.cachelib.waiting._LOOK_AGAIN_S", 60.0)
         patch.setattr("petiole.cachelib.connections.WAITING", Profile("waiting", answer_s=90.0, connect_s=5.0))
-        first = pool.submit(cache.get_or_set, "k", lambda: entered.set() or (go.wait(60) and "value"))
+        loads = cache if parent == "loads" else other
+        first = pool.submit(loads.get_or_set, "k", lambda: entered.set() or (go.wait(60) and "value"))
         assert entered.wait(10)
         second = pool.submit(cache.get_or_set, "k", lambda: "other")
-        assert comes_to(1)
+        waiting = 0 if parent == "loads" else 1  # a thread that joins a load of its process asks nobody
+        assert comes_to(waiting)
         pid = in_child(lambda: cache.get_or_set("k", lambda: "other") == "value")
-        child_waits_in_redis = comes_to(2)
+        child_waits_in_redis = comes_to(waiting + 1)
         go.set()
         values = [first.result(30), second.result(30)]
         if not child_waits_in_redis:

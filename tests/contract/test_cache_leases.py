@@ -1,6 +1,6 @@
 """A lease lasts as long as its load, and no longer than its process."""
 
-from threading import Event, Thread
+from threading import Event, Thread, enumerate
 
 import pytest
 
@@ -80,15 +80,20 @@ def test_who_will_not_wait_loads_for_itself(quick, redis, name):
 
 
 def test_one_thread_renews_for_a_whole_cache(quick):
-    """However many loads there are."""
+    """However many loads there are; and it forgets those that are over."""
+    before = enumerate()
     for number in range(20):
         quick.get_or_set(f"k{number}", lambda: 1)
+    quick.get_or_set_many(["a", "b"], lambda keys: dict.fromkeys(keys, 1))
+    with quick.guard(["c", "d"]) as guard:
+        quick.set_many({"c": 1}, guard=guard)
 
-    assert repr(quick._keeper) == "<LeaseKeeper [0 held]>"
+    assert [thread.name for thread in enumerate() if thread not in before] == ["petiole-leases"]
+    assert repr(quick._loading.keeper) == "<LeaseKeeper [0 held]>"
 
 
 def test_the_tags_of_a_long_load_live_as_long_as_its_value_needs_them(redis, name):
-    """Their versions are kept with the lease: a value is not born invalid because it took long to load."""
+    """A version that is lost meanwhile is made anew: a value is not born invalid because it took long to load."""
     cache = Cache(redis, namespace=name, ttl=1, lease=0.3)
     tag = cache.keys.tag("t")
 

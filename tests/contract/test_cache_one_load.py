@@ -41,13 +41,19 @@ def slow_lease(redis, name):
     return Cache(redis, namespace=name, lease="2m")
 
 
+@pytest.fixture
+def another(slow_lease):
+    """Makes caches like ``slow_lease`` that know nothing of its loads, as in another process."""
+    return lambda: Cache(slow_lease.redis, namespace=slow_lease.namespace, lease="2m")
+
+
 def test_twenty_threads_that_miss_one_key_load_once(slow_lease, patient):
     """All get the value of the one load."""
     cache, loads, barrier = slow_lease, [], threading.Barrier(20)
 
     def loader():
         loads.append(1)
-        wait_for(lambda: count_waiters(cache) >= 19)
+        wait_for(lambda: cache.stats().joins + cache.stats().waits >= 19)
         return "value"
 
     def ask():
@@ -59,7 +65,7 @@ def test_twenty_threads_that_miss_one_key_load_once(slow_lease, patient):
 
     assert values == ["value"] * 20
     assert loads == [1]
-    assert (cache.stats().loads, cache.stats().misses, cache.stats().waits) == (1, 1, 19)
+    assert (cache.stats().loads, cache.stats().misses) == (1, 1)
 
 
 CHILD = """
@@ -102,63 +108,94 @@ def test_eight_processes_that_miss_one_key_load_once(redis, cache):
     assert cache.get("loads") == 1
 
 
-def one_loads_one_waits(cache, first, second):
-    """The first caller stands in its loader until the second waits for it. What each came back with."""
-    entered = threading.Event()
+@pytest.fixture(params=["thread", "process"])
+def one_loads_one_waits(request, slow_lease, another, patient):
+    """The first caller stands in its loader until the second waits for it, in the same process or in another.
 
-    def loader():
-        entered.set()
-        wait_for(lambda: cache.redis.coordination.info("clients")["blocked_clients"] >= 1)
-        return first()
+    Returns what each came back with.
+    """
+    cache = slow_lease
+    other_cache = cache if request.param == "thread" else another()
 
-    def ask(loader):
-        try:
-            return cache.get_or_set("k", loader)
-        except OSError as error:
-            return error
+    def waits():
+        if request.param == "thread":
+            return cache.stats().joins == 1
+        return cache.redis.coordination.info("clients")["blocked_clients"] == 1
 
-    with ThreadPoolExecutor(2) as pool:
-        one = pool.submit(ask, loader)
-        assert entered.wait(20)
-        other = pool.submit(ask, second)
-        return one.result(30), other.result(30)
+    def run(first, second):
+        entered = threading.Event()
+
+        def loader():
+            entered.set()
+            wait_for(waits)
+            return first()
+
+        def ask(cache, loader):
+            try:
+                return cache.get_or_set("k", loader)
+            except OSError as error:
+                return error
+
+        with ThreadPoolExecutor(2) as pool:
+            one = pool.submit(ask, cache, loader)
+            assert entered.wait(20)
+            other = pool.submit(ask, other_cache, second)
+            return one.result(30), other.result(30)
+
+    return run
 
 
-def test_who_waits_is_woken_by_the_value(slow_lease, patient):
+def test_who_waits_is_woken_by_the_value(one_loads_one_waits):
     """And does not load."""
-    assert one_loads_one_waits(slow_lease, lambda: 1, lambda: 2) == (1, 1)
+    assert one_loads_one_waits(lambda: 1, lambda: 2) == (1, 1)
 
 
-def test_who_waits_is_woken_by_a_failure_and_loads_itself(slow_lease, patient):
+def test_who_waits_gets_a_value_of_its_own(one_loads_one_waits):
+    """What one caller changes in it is not seen by the other."""
+    one, other = one_loads_one_waits(lambda: {"a": [1]}, lambda: 2)
+
+    assert one == other == {"a": [1]}
+    assert one is not other
+    assert one["a"] is not other["a"]
+
+
+def test_who_waits_is_woken_by_a_failure_and_loads_itself(one_loads_one_waits, slow_lease):
     """A failed load is over; the next one begins at once, not after the lease."""
 
     def fails():
         raise OSError("the database is away")
 
-    error, value = one_loads_one_waits(slow_lease, fails, lambda: 2)
+    error, value = one_loads_one_waits(fails, lambda: 2)
 
     assert isinstance(error, OSError)
     assert value == 2
     assert slow_lease.get("k") == 2
 
 
-def test_who_waits_is_woken_by_a_refusal_and_loads_itself(slow_lease, patient):
+def test_who_waits_is_woken_by_a_refusal_and_loads_itself(one_loads_one_waits, slow_lease):
     """A load whose key was deleted meanwhile is no use to those who asked afterwards."""
-    values = one_loads_one_waits(slow_lease, lambda: slow_lease.delete("k") or "overtaken", lambda: "new")
+    values = one_loads_one_waits(lambda: slow_lease.delete("k") or "overtaken", lambda: "new")
 
     assert values == ("overtaken", "new")
     assert slow_lease.get("k") == "new"
 
 
-def test_many_threads_that_wait_are_all_woken(slow_lease, patient):
-    """One of them blocks in Redis for all of its process; each gets the value."""
-    cache, entered = slow_lease, threading.Event()
+def test_threads_that_miss_what_their_process_loads_ask_nobody(slow_lease, patient):
+    """They join the load: not one command, and each gets the value."""
+    cache, client, entered = slow_lease, slow_lease.redis.coordination, threading.Event()
+    cache.get_or_set("warm", lambda: 1)
+
+    def calls():
+        stats = client.info("commandstats")
+        return sum(stats.get(f"cmdstat_{command}", {"calls": 0})["calls"] for command in ("evalsha", "eval", "blpop"))
 
     def loader():
+        before.append(calls())
         entered.set()
-        wait_for(lambda: count_waiters(cache) >= 10)
+        wait_for(lambda: cache.stats().joins >= 10)
         return "value"
 
+    before = []
     with ThreadPoolExecutor(11) as pool:
         first = pool.submit(cache.get_or_set, "k", loader)
         assert entered.wait(20)
@@ -166,9 +203,64 @@ def test_many_threads_that_wait_are_all_woken(slow_lease, patient):
         values = [asked.result(30) for asked in (first, *others)]
 
     assert values == ["value"] * 11
+    assert (cache.stats().joins, cache.stats().waits) == (10, 0)
+    assert calls() - before[0] == 1  # the one that stored it
 
 
-def test_who_waits_for_one_key_does_not_hold_up_another(slow_lease, patient):
+def test_many_threads_that_wait_for_another_process_are_all_woken(slow_lease, another, patient):
+    """One of them blocks in Redis for all of its process; each gets the value."""
+    cache, waiting, entered = slow_lease, another(), threading.Event()
+
+    def blocked():
+        return cache.redis.coordination.info("clients")["blocked_clients"]
+
+    def loader():
+        entered.set()
+        wait_for(lambda: waiting.stats().joins >= 9)
+        seen.append(blocked())
+        return "value"
+
+    seen = []
+    with ThreadPoolExecutor(11) as pool:
+        first = pool.submit(cache.get_or_set, "k", loader)
+        assert entered.wait(20)
+        others = [pool.submit(waiting.get_or_set, "k", lambda: "other")]
+        wait_for(lambda: blocked() == 1)
+        others += [pool.submit(waiting.get_or_set, "k", lambda: "other") for _ in range(9)]
+        values = [asked.result(30) for asked in (first, *others)]
+
+    assert values == ["value"] * 11
+    assert seen == [1]
+    assert (waiting.stats().waits, waiting.stats().joins, waiting.stats().hits) == (1, 9, 1)
+
+
+def test_who_joins_a_wait_that_ends_in_a_failure_looks_again(slow_lease, another, patient):
+    """The wait brought nothing, so of those who joined one loads, and the others join that load."""
+    cache, waiting, entered, loads = slow_lease, another(), threading.Event(), []
+
+    def fails():
+        entered.set()
+        wait_for(lambda: waiting.stats().joins >= 3)
+        raise OSError("the database is away")
+
+    def loader():
+        loads.append(1)
+        return "value"
+
+    with ThreadPoolExecutor(5) as pool:
+        first = pool.submit(cache.get_or_set, "k", fails)
+        assert entered.wait(20)
+        others = [pool.submit(waiting.get_or_set, "k", loader)]
+        wait_for(lambda: cache.redis.coordination.info("clients")["blocked_clients"] == 1)
+        others += [pool.submit(waiting.get_or_set, "k", loader) for _ in range(3)]
+
+        assert [asked.result(30) for asked in others] == ["value"] * 4
+        assert isinstance(first.exception(30), OSError)
+    assert loads == [1]
+
+
+@pytest.mark.parametrize("where", ["thread", "process"])
+def test_who_waits_for_one_key_does_not_hold_up_another(slow_lease, another, patient, where):
     """Two keys are two loads at the same time."""
     cache, entered, go = slow_lease, threading.Event(), threading.Event()
 
@@ -180,7 +272,7 @@ def test_who_waits_for_one_key_does_not_hold_up_another(slow_lease, patient):
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(cache.get_or_set, "k", loader)
         assert entered.wait(20)
-        waiting = pool.submit(cache.get_or_set, "k", lambda: 2)
+        waiting = pool.submit((cache if where == "thread" else another()).get_or_set, "k", lambda: 2)
         other = cache.get_or_set("other", lambda: 3)
         go.set()
 
@@ -199,8 +291,11 @@ cache.get_or_set("k", lambda: (print("loading", flush=True), threading.Event().w
 
 def test_a_holder_that_is_killed_delays_the_next_load_by_its_lease_and_one_loads_then(redis, name):
     """Of those who waited for the dead one, one takes its place, and the others wait for that one."""
-    cache = Cache(redis, namespace=name, lease="1.5s")
+    processes = [Cache(redis, namespace=name, lease="1.5s") for _ in range(3)]
     loads = []
+
+    def wait_all():
+        return all(one.stats().waits and one.stats().waits + one.stats().joins >= 3 for one in processes)
 
     def loader():
         loads.append(1)
@@ -210,24 +305,25 @@ def test_a_holder_that_is_killed_delays_the_next_load_by_its_lease_and_one_loads
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, redis.url, name], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "loading\n"
-        with ThreadPoolExecutor(6) as pool:
-            asked = [pool.submit(cache.get_or_set, "k", loader) for _ in range(6)]
-            wait_for(lambda: count_waiters(cache) >= 6)
+        with ThreadPoolExecutor(9) as pool:
+            asked = [pool.submit(process.get_or_set, "k", loader) for process in processes for _ in range(3)]
+            wait_for(wait_all)
             os.kill(holder.pid, signal.SIGKILL)
             values = [one.result(30) for one in asked]
     finally:
         holder.kill()
         holder.communicate()
 
-    assert values == ["value"] * 6
-    assert cache.get("k") == "value"
+    assert values == ["value"] * 9
+    assert processes[0].get("k") == "value"
     assert loads == [1]
 
 
-def test_waiting_costs_few_commands(slow_lease):
+def test_waiting_costs_few_commands(slow_lease, another):
     """Wake-ups that nobody took are not left to the next load, whose waiters would spin on them."""
     cache, client = slow_lease, slow_lease.redis.coordination
     threads, rounds = 8, 6
+    waiting = [another() for _ in range(threads - 1)]
 
     def calls():
         return client.info("commandstats")["cmdstat_blpop"]["calls"]
@@ -244,9 +340,9 @@ def test_waiting_costs_few_commands(slow_lease):
 
             first = pool.submit(cache.get_or_set, "k", loader)
             assert entered.wait(20)
-            others = [pool.submit(cache.get_or_set, "k", lambda: "other") for _ in range(threads - 1)]
+            others = [pool.submit(process.get_or_set, "k", lambda: "other") for process in waiting]
             wait_for(lambda: count_waiters(cache) >= threads - 1)
-            wait_for(lambda: client.info("clients")["blocked_clients"] >= 1)
+            wait_for(lambda: client.info("clients")["blocked_clients"] == threads - 1)
             go.set()
             assert [asked.result(20) for asked in (first, *others)] == ["value"] * threads
             per_round.append(calls())

@@ -73,10 +73,51 @@ def test_others_are_served_the_stale_value_while_one_loads(stale):
 
 
 def test_a_loader_that_fails_leaves_the_stale_value(stale):
-    """It is served, and the lease is free for the next try."""
-    assert stale.get_or_set("k", fails) == "old"
+    """It is served, and where no pause is wanted the lease is free for the next try."""
+    assert stale.get_or_set("k", fails, retry_after=0) == "old"
     assert not stale.redis.coordination.exists(lease(stale.keys.entry("k")))
     assert stale.get_or_set("k", lambda: "new") == "new"
+
+
+def held_ms(cache, key):
+    return cache.redis.coordination.pttl(lease(cache.keys.entry(key)))
+
+
+def test_a_loader_that_fails_is_left_alone_for_a_while(stale):
+    """Whoever has the stale value meanwhile does not ask it; the pause ends by itself."""
+    other = Cache(stale.redis, namespace=stale.namespace)
+
+    assert stale.get_or_set("k", fails, retry_after="1h") == "old"
+    assert stale.get_or_set("k", never) == "old"
+    assert other.get_or_set("k", never) == "old"
+    assert 3_000_000 < held_ms(stale, "k") <= 3_600_000
+    stale.redis.coordination.delete(lease(stale.keys.entry("k")))  # as when its time has run out
+    assert other.get_or_set("k", lambda: "new") == "new"
+
+
+def test_the_pause_after_a_failure_is_five_seconds_where_nothing_is_said(stale):
+    """Long enough for a database to breathe, and short enough that nobody waits for it."""
+    stale.get_or_set("k", fails)
+
+    assert 0 < held_ms(stale, "k") <= 5_000
+
+
+@pytest.mark.parametrize("gone", ["deleted", "invalidated", "expired"])
+def test_the_pause_after_a_failure_holds_up_nobody_who_has_nothing_to_serve(cache, gone):
+    """It spares the loader as long as there is a value; a miss has to load, and does not wait."""
+    cache.set("k", "old", stale=600, tags=["t"])
+    age(cache, "k", left=300)
+    cache.get_or_set("k", fails, retry_after="1h")
+    if gone == "deleted":
+        cache.delete("k")
+    elif gone == "invalidated":
+        cache.invalidate(tags=["t"])
+    else:
+        cache.redis.coordination.delete(cache.keys.entry("k"))
+
+    assert cache.get_or_set("k", lambda: "new", wait=60) == "new"
+    assert cache.get("k") == "new"
+    assert cache.stats().waits == 0
 
 
 def test_a_loader_that_is_told_to_end_is_not_held_up(stale):
@@ -112,14 +153,57 @@ def test_an_entry_without_a_stale_window_is_fresh_to_its_end(cache):
     assert cache.stats().hits == 1
 
 
-def test_expire_moves_the_stale_window_along(stale):
-    """A stale entry with a new time is fresh again until that window."""
-    stale.expire("k", 900)
+def test_touch_moves_the_stale_window_along(cache):
+    """A fresh entry gets the new time, and after it the whole window that it was stored with."""
+    cache.set("k", "old", ttl=60, stale=600)
 
-    assert stale.get_or_set("k", never) == "old"
-    assert stale.stats().hits == 1
-    stale.expire("k", 599)
+    assert cache.touch("k", 900)
+    assert 850 < cache.ttl("k") <= 900
+    assert 1_450_000 < cache.redis.coordination.pttl(cache.keys.entry("k")) <= 1_500_000
+    age(cache, "k", left=605)
+    assert cache.get_or_set("k", never) == "old"
+    age(cache, "k", left=595)
+    assert cache.get_or_set("k", lambda: "new") == "new"
+
+
+def test_touch_does_not_make_a_stale_entry_fresh(stale):
+    """Only a loader can."""
+    assert not stale.touch("k", 900)
+    assert stale.ttl("k") == 0.0
+    assert stale.redis.coordination.pttl(stale.keys.entry("k")) <= 300_000
     assert stale.get_or_set("k", lambda: "new") == "new"
+
+
+def test_expire_makes_an_entry_stale_and_keeps_it_for_its_window(cache):
+    """The next caller loads, and is served the old value where that fails; no time is added by saying it twice."""
+    cache.set("k", "old", ttl=60, stale=600)
+
+    assert cache.expire("k")
+    assert cache.ttl("k") == 0.0
+    assert cache.get("k") == "old"
+    assert cache.get_or_set("k", fails, retry_after=0) == "old"
+    age(cache, "k", left=300)
+    assert cache.expire("k")
+    assert cache.redis.coordination.pttl(cache.keys.entry("k")) <= 300_000
+    assert cache.get_or_set("k", lambda: "new", stale=600) == "new"
+
+
+def test_expire_deletes_what_has_no_stale_window(cache):
+    """There is no time in which it might be served."""
+    cache.set("k", "old")
+
+    assert cache.expire("k")
+    assert cache.get("k", MISS) is MISS
+    assert not cache.expire("k")
+
+
+def test_expire_voids_a_load_that_is_under_way(cache):
+    """What it brings is as old as what was expired."""
+    cache.set("k", "old", stale=600)
+
+    assert not cache.refresh("k", lambda: cache.expire("k") and "overtaken", stale=600)
+    assert cache.get("k") == "old"
+    assert cache.get_or_set("k", lambda: "new") == "new"
 
 
 # Refreshing

@@ -83,12 +83,47 @@ def test_a_new_version_does_not_make_old_entries_valid_again(tagged, revive):
 
 
 def test_a_read_makes_no_version(tagged):
-    """Looking at an invalid entry does not touch what made it so."""
+    """Looking at an invalid entry does not touch what made it so, be it another version or none."""
     tagged.invalidate(tags=["t"])
+    made = version(tagged, "t")
     tagged.get("t")
     tagged.get_many(ALL)
+    assert version(tagged, "t") == made
 
+    tagged.redis.coordination.delete(tagged.keys.tag("t"))
+    tagged.get("t")
+    tagged.get_many(ALL)
+    assert tagged.exists("t") is False
     assert version(tagged, "t") is None
+
+
+def test_each_invalidation_makes_a_version_that_was_never_there(tagged):
+    """Entries of long ago do not come back, however often a tag is invalidated."""
+    seen = [version(tagged, "t")]
+    for _ in range(20):
+        tagged.invalidate(tags=["t"])
+        seen.append(version(tagged, "t"))
+
+    assert len(set(seen)) == 21
+    assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize("lost", ["version", "number", "both"])
+def test_an_invalidation_is_not_forgotten_when_its_version_is_lost(tagged, lost):
+    """A load that began before it is refused, although nothing in Redis names it any more."""
+    client = tagged.redis.coordination
+
+    def loader():
+        tagged.invalidate(tags=["t"])
+        if lost != "number":
+            client.delete(tagged.keys.tag("t"))
+        if lost != "version":
+            client.delete(tagged.keys.sequence)
+        return "overtaken"
+
+    assert tagged.get_or_set("new", loader, tags=["t"]) == "overtaken"
+    assert tagged.get("new", MISS) is MISS
+    assert tagged.stats().refused == 1
 
 
 def test_a_tag_is_shared_by_loads_and_sets(cache):
@@ -113,13 +148,14 @@ def test_a_version_outlives_every_entry_that_carries_it(cache, how):
     }[how]
     client = cache.redis.coordination
     lefts = []
-    for key, ttl, stale in (("a", 10, 0), ("b", 100, 900), ("c", 10, 0)):
+    for key, ttl, stale in (("a", 10, 0), ("b", 10_000, 90_000), ("c", 10, 0)):
         store(key, ttl=ttl, stale=stale, tags=["t"])
         lefts.append(client.pttl(cache.keys.tag("t")))
 
-    assert lefts[0] >= client.pttl(cache.keys.entry("a"))
-    assert 1_000_000 <= lefts[1] <= 1_010_000  # and a lease more, for a load that stores at its very end
-    assert lefts[2] > 1_000_000
+    assert 3_500_000 < lefts[0] <= 7_200_000  # an hour at least, so that it outlives the loads that began with it
+    assert client.pttl(cache.keys.entry("b")) <= lefts[1] <= 200_000_000
+    assert client.pttl(cache.keys.entry("b")) <= lefts[2] <= lefts[1]
+    assert client.pttl(cache.keys.entry("b")) <= client.pttl(cache.keys.whole)
 
 
 def test_tags_of_another_namespace_are_other_tags(redis, name):

@@ -11,7 +11,7 @@ from local_nodes import eventually
 from redis.exceptions import ResponseError
 
 from petiole.cachelib import Settings, connect
-from petiole.cachelib.client import CircuitOpen
+from petiole.cachelib.circuit import CircuitOpen
 from petiole.cachelib.connections import UNAVAILABLE
 from petiole.cachelib.errors import ServerUnavailable
 from petiole.cachelib.scripts import Script

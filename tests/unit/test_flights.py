@@ -22,24 +22,22 @@ def test_a_key_has_no_flight_until_one_is_opened():
 def test_all_who_join_are_brought_what_makes_the_value():
     """Each makes one of its own of it, as the type that it wants."""
     flights = Flights()
-    flight = flights.open("k")
-    joining = threading.Barrier(9)
+    flight, joining = flights.open("k"), threading.Barrier(9)
 
     def join():
+        joined = flights.get("k")
         joining.wait(LONG_S)
-        return flights.get("k").join(LONG_S)(list)
+        return joined.join(LONG_S)(list)
 
     with ThreadPoolExecutor(8) as pool:
-        joined = [pool.submit(join) for _ in range(8)]
+        values = [pool.submit(join) for _ in range(8)]
         joining.wait(LONG_S)
-        while len(flight._done._cond._waiters) < 8:  # all of them wait
-            pass
         flights.close("k", flight)
         flight.land(lambda kind: kind((1, 2)))
-        values = [one.result(LONG_S) for one in joined]
+        made = [value.result(LONG_S) for value in values]
 
-    assert values == [[1, 2]] * 8
-    assert len({id(value) for value in values}) == 8
+    assert made == [[1, 2]] * 8
+    assert len({id(value) for value in made}) == 8
 
 
 def test_who_joins_a_flight_that_has_landed_is_brought_the_same():

@@ -33,29 +33,77 @@ def test_no_part_of_one_entry_is_another_entry(first, second):
     other = CacheKeys(second[0]).entry(second[1])
 
     assert other not in (keys.lease(entry), keys.wake(entry, "a1"))
+    assert not keys.lease(entry).startswith(CacheKeys(first[0]).entry_prefix)  # of which near caches are told
     assert len({entry, keys.lease(entry), keys.wake(entry, "a1"), keys.wake(entry, "b2")}) == 4
 
 
 @given(TEXT, TEXT)
 def test_kinds_do_not_meet(namespace, text):
-    """An entry, a tag and a ranking of the same name are three keys."""
+    """An entry, its lease, a tag and a ranking of the same name are keys of their own, as are those of the whole."""
     names = CacheKeys(namespace)
+    made = {names.entry(text), keys.lease(names.entry(text)), names.tag(text), names.popular(text)}
 
-    assert len({names.entry(text), names.tag(text), names.popular(text)}) == 3
+    assert len(made | {names.whole, names.sequence, keys.wake(names.entry(text), "a1")}) == 7
+
+
+@given(NAMES, NAMES)
+@example(("a:b", "c"), ("a", "b:c"))
+def test_no_two_tags_share_a_version(first, second):
+    """Nor does a tag share that of a namespace, its own or another."""
+    assume(first != second)
+    names, others = CacheKeys(first[0]), CacheKeys(second[0])
+
+    assert names.tag(first[1]) not in (others.tag(second[1]), others.whole, names.whole)
+    assert (names.whole == others.whole) == (names.sequence == others.sequence) == (first[0] == second[0])
+
+
+@given(NAMES, TEXT)
+def test_what_a_namespace_begins_with_is_its_own(first, other):
+    """Near caches tell by these beginnings which keys of a server are theirs."""
+    assume(first[0] != other)
+    names, others = CacheKeys(first[0]), CacheKeys(other)
+
+    assert names.entry(first[1]).startswith(names.entry_prefix)
+    assert names.tag(first[1]).startswith(names.tag_prefix)
+    assert names.whole.startswith(names.tag_prefix)
+    assert not names.entry(first[1]).startswith(others.entry_prefix)
+    assert not names.tag(first[1]).startswith(others.tag_prefix)
+
+
+@given(NAMES)
+def test_an_entry_is_told_from_its_own_key_and_its_lease(first):
+    """And from nothing else, so that a removal by pattern touches no other kind."""
+    names = CacheKeys(first[0])
+    entry = names.entry(first[1])
+
+    assert keys.entry_of(entry) == keys.entry_of(keys.lease(entry)) == entry
+    for other in (names.tag(first[1]), names.popular(first[1]), names.whole, names.sequence, keys.wake(entry, "a1")):
+        assert keys.entry_of(other) is None
 
 
 @given(TEXT, TEXT)
 def test_braces_stay_balanced(namespace, text):
     """A key has one pair of braces and nothing of the user's text outside, so its parts share a Cluster slot."""
     names = CacheKeys(namespace)
-    for key in (names.entry(text), names.tag(text), names.popular(text), keys.lease(names.entry(text))):
+    entry = names.entry(text)
+    made = (entry, names.tag(text), names.popular(text), keys.lease(entry), keys.wake(entry, "a1"))
+    for key in (*made, names.whole, names.sequence):
         head, _, rest = key.partition("{")
         inner, _, tail = rest.partition("}")
 
         assert key.count("{") == key.count("}") == 1
         assert inner
         assert head.startswith("petiole:1:")
-        assert tail in ("", ":lease")
+        assert tail == (":a1" if key == keys.wake(entry, "a1") else "")
+
+
+@given(TEXT, TEXT)
+def test_an_entry_its_lease_and_its_wake_up_list_share_a_slot(namespace, text):
+    """One script touches all three, also in a cluster."""
+    entry = CacheKeys(namespace).entry(text)
+    tags = {key[key.index("{") : key.index("}") + 1] for key in (entry, keys.lease(entry), keys.wake(entry, "a1"))}
+
+    assert len(tags) == 1
 
 
 @given(TEXT, TEXT)
@@ -125,7 +173,7 @@ def test_a_name_that_is_too_long_is_not_repeated_in_full():
 def test_a_namespace_is_literal_in_a_pattern(namespace):
     """Each character of a namespace that means something to SCAN is escaped."""
     pattern = CacheKeys(namespace).matching("k")
-    prefix = pattern[: pattern.rindex(":k}")]
+    prefix = pattern[: pattern.rindex(":k}")].replace("petiole:1:*:", "", 1)  # the star is for the kind
     unescaped = prefix
     for special in "*?[]\\^":
         unescaped = unescaped.replace(f"\\{special}", "")
