@@ -225,7 +225,6 @@ class EntryStore:
         made = self._made_versions(tags, version_ttl_ms)[1] if self._split else {}
         stored, left_ms, raws, touched = _TOUCH(
             self._redis.cache,
-            sequence=name if self._split else self._keys.sequence,
             tags=() if self._split else self._tag_keys(tags),
             entry=name,
             ttl_ms=ttl_ms,

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -218,8 +219,9 @@ class Loading:
             found |= self._loaded_many(mine, loader, policy, tags, stale)
         for key, value in stale.items():
             found.setdefault(key, value)
+        alone = replace(policy, hard_timeout_ms=None, soft_timeout_ms=None, early=None, refresh="inline")
         for key in waiting:  # after ours are filled: who waits while others wait for it would wait for ever
-            one = Request(key, partial(_one_of_many, loader, key), policy, tags)
+            one = Request(key, partial(_one_of_many, loader, key), alone, tags)
             if (value := self.value(one)) is not MISS:
                 found[key] = value
         return {key: found[key] for key in keys if key in found}
@@ -310,6 +312,9 @@ class Loading:
                 return job.result()
             else:
                 job.abandon(f"the load of {request.key!r}")
+                if min(limits) == policy.hard_timeout_ms:  # others may load, once the pause is over
+                    self.keeper.forget(reading.look.token)
+                    self._end([reading.name], reading, policy.retry_after_ms)
         except Exception as error:
             if policy.exception_ttl_ms(error) is not None or isinstance(error, ValueNotCacheable | LoaderRecursion):
                 raise

@@ -11,8 +11,9 @@ import pytest
 import petiole
 
 FACE = {
-    "Allowed", "Cache", "Connections", "Limited", "MISS", "RateLimit", "RateLimiter", "Settings", "SignalBridge",
-    "SqlSink", "WriteBehind", "cached", "connect", "invalidate_on_commit", "memoized_task", "warmed",
+    "Allowed", "Cache", "Codec", "Connections", "Limited", "Loaded", "MISS", "Near", "Pickle", "RateLimit",
+    "RateLimiter", "Settings", "SignalBridge", "SqlSink", "WriteBehind", "cached", "connect", "invalidate_on_commit",
+    "memoized_task", "refreshed_in_worker", "warmed",
 }  # fmt: skip
 
 # Reports what a piece of code has imported and started, and whether a socket was made.
@@ -106,6 +107,7 @@ HEAVY = ("celery", "kombu", "billiard", "sqlalchemy", "flower", "rich")
     [
         "import petiole",
         "from petiole import Cache, Connections, MISS, Settings, cached, connect",
+        "from petiole import Codec, Loaded, Near, Pickle",
         "from petiole import Allowed, Limited, RateLimit, RateLimiter",
         "import petiole.tasks.cli",
         "import petiole.coordination, petiole.tasks",
@@ -138,6 +140,10 @@ def test_the_measure_sees_what_it_looks_for() -> None:
         "from petiole.tasks import app\n"
         "redis = connect('redis://127.0.0.1:1')\n"
         "bridge = SignalBridge(app, redis); bridge.signal('*'); Cache(redis, namespace='x')",
+        "from petiole import Cache, cached, connect\n"
+        "redis = connect('redis://127.0.0.1:1')\n"
+        "cache = Cache(redis, namespace='x', near=True, refresh='thread', hard_timeout=5)\n"
+        "cached(cache, 'k')(lambda: 1); repr(cache), cache.stats()",
     ],
 )
 def test_importing_and_declaring_starts_no_thread_and_opens_no_socket(code: str) -> None:

@@ -12,8 +12,10 @@ ROOT = Path(__file__).parents[2]
 FLOORS = ("cachelib", "coordination", "tasks")
 FOLDERS = [ROOT, *(path.parent for floor in FLOORS for path in sorted((ROOT / floor).rglob("__init__.py")))]
 MODULES = [path for folder in FOLDERS for path in sorted(folder.glob("*.py"))]
-SCRIPTS = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.lua"))]
-PRODUCT = [*MODULES, *SCRIPTS]
+LUA = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.lua"))]
+SCRIPTS = [path for path in LUA if not path.stem.startswith("_")]
+SHARED = [path for path in LUA if path.stem.startswith("_")]  # what scripts share, put before their text
+PRODUCT = [*MODULES, *LUA]
 
 
 def named(path: Path) -> str:
@@ -47,8 +49,8 @@ def test_the_scripts_that_are_shipped_are_those_of_the_tree(setuptools: dict[str
     """Every package with a lua folder lists it, and no script stands elsewhere."""
     listed = {name for name, patterns in setuptools["package-data"].items() if "lua/*.lua" in patterns}
 
-    assert {path.parent.name for path in SCRIPTS} == {"lua"}
-    assert {package(path.parents[1]) for path in SCRIPTS} == listed
+    assert {path.parent.name for path in LUA} == {"lua"}
+    assert {package(path.parents[1]) for path in LUA} == listed
 
 
 def test_there_is_something_to_look_at() -> None:
@@ -125,6 +127,7 @@ def test_every_kind_of_key_is_spelled_once() -> None:
 def test_every_script_opens_with_its_contract(path: Path) -> None:
     """What it does, KEYS, ARGV, RETURNS, and why it must be one script; named <noun>_<verb>."""
     head = path.read_text("utf-8").split("\n\n")[0].splitlines()
+    head = head[1:] if head[0].startswith("-- USES: ") else head
 
     assert re.fullmatch(r"[a-z]+_[a-z]+", path.stem)
     assert all(line.startswith("--") for line in head)
@@ -139,6 +142,17 @@ def test_every_script_has_a_loader(path: Path) -> None:
     sources = [module.read_text("utf-8") for module in path.parents[1].glob("*.py")]
 
     assert sum(source.count(f'"{path.stem}"') for source in sources) == 1
+
+
+@pytest.mark.parametrize("path", SHARED, ids=named)
+def test_what_scripts_share_is_used_by_several_and_says_what_it_is(path: Path) -> None:
+    """Code of one script stands in that script; a header of KEYS and ARGV is for what is called by itself."""
+    text = path.read_text("utf-8")
+    users = [script for script in path.parent.glob("*.lua") if f"-- USES: {path.stem}\n" in script.read_text("utf-8")]
+
+    assert re.match(r"-- [A-Z].*\n--\n", text)
+    assert not re.search(r"^-- (?:KEYS|ARGV|RETURNS):", text, re.MULTILINE)
+    assert len(users) > 1
 
 
 @pytest.mark.parametrize("path", MODULES, ids=named)

@@ -1,7 +1,7 @@
-"""Every operation over each way to a server: RESP2 and RESP3, a Unix socket, a Cluster; Valkey, and Redis where there is one.
+"""Every operation over each way to a server: RESP2 and RESP3, a Unix socket, a Cluster; and on other server programs.
 
-A short tour rather than a proof: what an operation means is proved elsewhere, and here that it means the same. Then what
-must hold for each of them when the server hangs.
+A short tour rather than a proof: what an operation means is proved elsewhere, and here that it means the same. Then
+what must hold for each protocol when the server hangs. Servers are Valkey, and Redis where it is on PATH.
 """
 
 import os

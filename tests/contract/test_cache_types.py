@@ -65,6 +65,9 @@ TYPED = [
     (bytes, b"\x00\xff"),
     (Point | None, None),
 ]
+each_typed_value = pytest.mark.parametrize(
+    ("kind", "value"), TYPED, ids=[f"{number}-{kind}" for number, (kind, _) in enumerate(TYPED)]
+)
 
 
 def never(*_):
@@ -94,7 +97,7 @@ def formatted(request, redis, name):
 # Types
 
 
-@pytest.mark.parametrize(("kind", "value"), TYPED, ids=lambda part: str(part)[:30])
+@each_typed_value
 def test_a_value_comes_back_as_the_type_that_is_asked_for(formatted, kind, value):
     """From every read, and to everyone who loads; equal, and of the same class."""
     formatted.set("k", value)
@@ -117,7 +120,7 @@ def test_a_value_comes_back_as_the_type_that_is_asked_for(formatted, kind, value
     assert formatted.stats().undecodable == 0
 
 
-@pytest.mark.parametrize(("kind", "value"), TYPED, ids=lambda part: str(part)[:30])
+@each_typed_value
 def test_the_annotation_of_a_cached_function_is_its_type(cache, kind, value):
     """A hit is what the function returned."""
     calls = []

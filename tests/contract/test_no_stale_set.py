@@ -186,9 +186,12 @@ def loading(cache, key, way, pool, database):
             load.loader
         )
 
+        def call(refresh):
+            return lambda: function.refresh_call(refresh.arguments, refresh.keywords, token=refresh.token)
+
         def run():
             for refresh in handed:
-                load.begin(lambda: function.refresh_call(refresh.arguments, refresh.keywords, token=refresh.token))
+                load.begin(call(refresh))
 
         return load, {"hand over": lambda: load.begin(function), "begin": run, **steps}
     return load, {"begin": lambda: load.begin(lambda: WAYS[way](cache, key, load)), **steps}
@@ -280,10 +283,12 @@ def steps_of(way):
 @pytest.mark.parametrize("way", [*WAYS, *REFRESHERS])
 def test_in_no_order_is_the_old_value_read_after_the_invalidation(caches, way):
     """Readers look after each step; what they may see is the new value, or none."""
-    kinds = INVALIDATIONS if caches[0] is not caches[1] and not caches[0].redis.is_cluster else KEY_TAG_NAMESPACE
+    orders = list(interleavings(steps_of(way), ["commit", "invalidate"]))
+    is_plain = caches[0] is not caches[1] and not caches[0].redis.is_cluster
+    kinds = INVALIDATIONS if is_plain and way in ("inline", "many", "guard") else KEY_TAG_NAMESPACE
     with ThreadPoolExecutor(2) as pool:
         for kind in kinds:
-            for number, order in enumerate(interleavings(steps_of(way), ["commit", "invalidate"])):
+            for number, order in enumerate(orders):
                 key = f"{kind}{number}"
                 seen, _ = play(caches, key, way, INVALIDATIONS[kind], order, pool, load_too=False)
 
@@ -297,10 +302,10 @@ def test_readers_who_load_for_themselves_meanwhile_bring_nothing_old_back(redis,
     caches = Cache(redis, namespace=name), Cache(redis, namespace=name)
     with ThreadPoolExecutor(2) as pool:
         for number, order in enumerate(interleavings(steps_of(way), ["commit", "invalidate"])):
-            for kind in KEY_TAG_NAMESPACE:
-                seen, _ = play(caches, f"{kind}{number}", way, INVALIDATIONS[kind], order, pool, load_too=True)
+            kind = list(INVALIDATIONS)[number % len(INVALIDATIONS)]
+            seen, _ = play(caches, f"k{number}", way, INVALIDATIONS[kind], order, pool, load_too=True)
 
-                assert "old" not in seen, (kind, order)
+            assert "old" not in seen, (kind, order)
 
 
 @pytest.mark.parametrize("way", [*WAYS, *REFRESHERS])
