@@ -78,7 +78,7 @@ class Background:
         return f"<Background [{self._running} of {self._most} threads]>"
 
     def start(self, call: Callable[[], T]) -> Job[T] | None:
-        """Run a call in a thread of its own, in the caller's context. None when too many run already."""
+        """Run a call in a thread of its own, in the caller's context. None when there is no thread to be had."""
         with self._lock:
             if self._running >= self._most:
                 return None
@@ -97,9 +97,11 @@ class Background:
 
         try:
             Thread(target=run, name="petiole-load", daemon=True).start()
-        except BaseException:
+        except BaseException as error:
             with self._lock:
                 self._running -= 1
+            if isinstance(error, RuntimeError):  # the system has no thread for us either
+                return None
             raise
         return job
 

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Literal, TypeVar, Unpack
 
 from . import entry as entries
@@ -17,8 +18,9 @@ from .counters import Counters
 from .durations import Duration, milliseconds
 from .entry import Entry, Freshness
 from .entry_store import ANYTHING, NOTHING, EntryStore, Take, Write
-from .errors import EntryNotCounter, ServerUnavailable
+from .errors import EntryNotCounter, ServerUnavailable, ValueNotCacheable
 from .formats import Codec, Pickle, Undecodable
+from .leases import LeaseKeeper
 from .listener import listener_of
 from .loading import Call, Loading, Request, checked_tags
 from .missing import MISS
@@ -31,6 +33,7 @@ from .stats import Explanation, Stats
 T = TypeVar("T")
 
 _NOT_COUNTABLE = ("not an integer", "WRONGTYPE", "would overflow")
+_SHORTEST_LEASE_MS = 10
 _MOST_TRIES = 3  # of a conditional write that others disturb
 
 
@@ -65,7 +68,8 @@ class Cache:
           and not into the near cache of this process. (A plain ``set`` says what the value is now: it has no load to
           check.)
         - *One load.* Of all processes that miss one key, one loads; the others are woken when it is there, and its
-          threads wait without a command. A holder that dies delays the next load by ``lease`` at most.
+          threads wait without a command. A holder that dies delays the next load by ``lease`` at most. If a load
+          fails, or is invalidated, the next of those who wait loads, at most a second later.
         - *The application survives Redis.* No call raises because Redis is slow or away: a read is a miss, within
           ``Settings.cache_timeout``, then at once while the circuit breaker is open; ``get_or_set`` loads. What could
           not be invalidated is remembered and sent when Redis is back, and until then not served by this process.
@@ -107,10 +111,16 @@ class Cache:
         self.policies = Policies(Policy().changed(options), self._codec.check_type)
         self._counters = Counters()
         self.lease_ms = lease_ms = milliseconds(lease, "lease")
+        if lease_ms < _SHORTEST_LEASE_MS:
+            raise ValueError(
+                f"lease={lease!r} is shorter than a round trip may take; give {_SHORTEST_LEASE_MS} ms or more"
+            )
         self._store = EntryStore(redis, self.keys, lease_ms)
         self._remembered = Remembered(redis, _Sending(self._store, self.keys), f"cache {namespace!r}")
         self._near: NearStore | None = None
         if near:
+            if near is not True and not isinstance(near, Near):
+                raise TypeError(f"near={near!r} must be True or Near(...)")
             if redis.is_cluster:
                 raise ValueError(f"near caches are not supported on a Cluster ({redis.address}) yet; leave out near=")
             self._near = NearStore(
@@ -119,11 +129,20 @@ class Cache:
                 tag_prefix=self.keys.tag_prefix,
                 watch=listener_of(redis).watch,
             )
+        keeper = LeaseKeeper(redis, self._store, lease_ms)
         self._reader = Reader(
-            redis, self.keys, self._store, self._codec, self._counters, self._remembered, self._near, strict=strict
+            redis,
+            self.keys,
+            self._store,
+            self._codec,
+            self._counters,
+            self._remembered,
+            self._near,
+            keeper,
+            strict=strict,
         )
         self._loading = Loading(
-            redis, self.keys, self._store, self._codec, self._reader, self._counters, self._remembered, lease_ms
+            redis, self.keys, self._store, self._codec, self._reader, self._counters, self._remembered, keeper, lease_ms
         )
 
     def __repr__(self) -> str:
@@ -229,8 +248,8 @@ class Cache:
         Arguments:
             loader: is given the keys that nobody has and nobody else is loading, and returns their values by key (each
                 may be a ``Loaded``). A key that it leaves out is left out of the result, and not cached.
-            tags, options: as for ``get_or_set``; the timeouts, ``early`` and ``refresh`` do not apply: what is stale is
-                loaded with what is missing, in the caller.
+            tags, options: as for ``get_or_set``; the timeouts, ``early``, ``refresh`` and ``exceptions`` do not apply:
+                what is stale is loaded with what is missing, in the caller.
 
         One round trip where all are there, two with misses, three with stale ones. What another is loading is waited
         for, after ours has been stored. Duplicate keys count once.
@@ -259,6 +278,7 @@ class Cache:
 
         Arguments: as for ``get_or_set``, and
             unless_fresh_for: leave an entry alone that stays fresh for longer than this. 0: always load.
+                The timeouts, ``wait``, ``early`` and ``refresh`` mean nothing here: this call is the load.
             token: of the lease that a ``Refresh`` carries, to go on with it.
 
         Returns whether a value was loaded and stored. It is not when another process is loading the key,
@@ -278,13 +298,16 @@ class Cache:
         ttl: Duration | None = None,
         stale: Duration | None = None,
         tags: Sequence[str] = (),
+        type: Any = Any,
     ) -> bool:
         """Store a value; a load of the key that is under way will not overwrite it.
 
-        Arguments: as for ``get_or_set``. Returns whether Redis has it. One round trip. It says what the value *is*: for
-        what was read from a database, and may be out of date already, use ``get_or_set``, ``refresh`` or ``guard``.
+        Arguments: ``ttl``, ``stale`` and ``tags`` as for ``get_or_set``; with ``type``, a value of another type is
+        refused with ``ValueNotCacheable``. Returns whether Redis has it: if not, what the key held is invalidated, as
+        soon as Redis answers. One round trip. It says what the value *is*: for what was read from a database, and may
+        be out of date already, use ``get_or_set``, ``refresh`` or ``guard``.
         """
-        return self._set(self._write({key: value}, ttl, stale, tags))
+        return self._set(self._write({key: value}, ttl, stale, tags, type))
 
     def set_many(
         self,
@@ -303,7 +326,7 @@ class Cache:
             return True
         if guard is None:
             return self._set(self._write(values, ttl, stale, tags))
-        policy, tags = self._policy(ttl, stale), tuple(dict.fromkeys((*guard.tags, *checked_tags(tags, self.keys))))
+        policy, tags = self._policy(ttl, stale), checked_tags(dict.fromkeys((*guard.tags, *tags)), self.keys)
         readings = [guard.readings[key] for key in values if key in guard.readings]
         stored = self._loading.fill_many(readings, values, policy, tags, 0) if readings else set()
         self._reader.changed(values)
@@ -317,8 +340,8 @@ class Cache:
         ...     users = read_users([1, 2])
         ...     cache.set_many(users, guard=guard)
 
-        While it is open, others who miss the keys wait for it. Keys that somebody else is loading are not guarded, and
-        not stored.
+        While it is open, others who miss the keys wait for it; who asks for them inside it gets ``LoaderRecursion``.
+        Keys that somebody else is loading are not guarded, and not stored.
         """
         wanted = list(dict.fromkeys(_listed(keys, "keys")))
         names = [self.keys.entry(key) for key in wanted]
@@ -329,7 +352,10 @@ class Cache:
             yield Guard({}, tags)
             return
         try:
-            with self._loading.keeper.keeping([reading.name for reading in leased], leased[0].look.token):
+            with (
+                self._loading.not_twice([reading.key for reading in leased]),
+                self._loading.keeper.keeping([reading.name for reading in leased], leased[0].look.token),
+            ):
                 yield Guard({reading.key: reading for reading in leased}, tags)
         finally:
             try:  # those that were stored have no lease any more, and are not touched
@@ -409,8 +435,8 @@ class Cache:
         """Add to a whole number; a new one starts at 0 and gets the TTL in the same step.
 
         Returns the new value, or None when Redis does not answer (it may then have been added or not).
-        ``get`` reads it, ``set`` with a whole number starts it elsewhere. Raises ``EntryNotCounter`` for a key
-        that holds something else.
+        ``get`` reads it, ``set`` with a whole number and no tags starts it elsewhere. Raises ``EntryNotCounter`` for a
+        key that holds something else.
         """
         if not isinstance(by, int) or isinstance(by, bool):
             raise TypeError(f"by must be a whole number, not {by!r}")
@@ -522,6 +548,8 @@ class Cache:
             self.keys.entry(key)
         for tag in unsent.tags:
             self.keys.tag(tag)
+        for pattern in unsent.patterns:
+            self.keys.matching(pattern)
         return self._invalidate(unsent, "invalidate", strict)
 
     def clear(self, *, strict: bool | None = None) -> None:
@@ -642,7 +670,12 @@ class Cache:
         return self.policies.of(given)
 
     def _write(
-        self, values: Mapping[str, object], ttl: Duration | None, stale: Duration | None, tags: Sequence[str]
+        self,
+        values: Mapping[str, object],
+        ttl: Duration | None,
+        stale: Duration | None,
+        tags: Sequence[str],
+        type: Any = Any,
     ) -> Write:
         """What is to be stored. Raises for what cannot be."""
         policy, tags = self._policy(ttl, stale), checked_tags(tags, self.keys)
@@ -652,7 +685,10 @@ class Cache:
             name = self.keys.entry(key)
             ttl_ms = policy.ttl_ms if policy.ttl_of is None else policy.ttls_ms(value)[0]
             ttl_ms = entries.jittered(ttl_ms, random.random())
-            bodies[name], _ = self._loading.body(key, name, value, tags, ttl_ms=ttl_ms)
+            try:
+                bodies[name], _ = self._loading.body(key, name, value, tags, type, ttl_ms=ttl_ms)
+            except Undecodable as error:
+                raise ValueNotCacheable(key, value, error) from None
             ttls_ms.append(ttl_ms + policy.stale_ms)
         return Write(bodies, ttls_ms, policy.stale_ms, tags, list(values))
 
@@ -660,7 +696,10 @@ class Cache:
         try:
             return self._store.set(write, expected=expected, valid=valid)
         except UNAVAILABLE as error:
-            self._reader.degraded("set", error)
+            if expected != ANYTHING:
+                self._reader.degraded("set", error)
+            else:  # the caller says that the old value is not true any more
+                self._remember(Unsent(keys=dict.fromkeys(write.keys)), error, "set", self.strict)
             return False
         finally:
             self._reader.changed(write.keys)
@@ -723,19 +762,32 @@ class _Sending:
 
 
 def _send(store: EntryStore, keys: key_names.CacheKeys, unsent: Unsent) -> int:
-    """Tell Redis of invalidations. Returns how many keys and tags were removed; raises redis-py's errors."""
-    removed = 0
-    if tags := [*unsent.tags, *([entries.WHOLE] if unsent.everything else [])]:
-        removed += store.drop(tags)
-    if unsent.keys:
-        removed += store.delete([keys.entry(key) for key in unsent.keys])
-    for key in unsent.expired:
-        removed += store.expire(keys.entry(key))
-    for pattern in unsent.patterns:
-        # A load that is under way has a lease; if its lease is there during the whole first pass, it is found and
-        # voided; if not, the load filled the entry during the first pass, and the second one finds it.
-        removed += sum(store.delete(names) for _ in range(2) for names in store.matching(keys.matching(pattern)))
+    """Tell Redis of invalidations. Returns how many keys and tags were removed; raises redis-py's errors.
+
+    Each part on its own, so that one which Redis does not take now (it may have no memory left for a version) does not
+    hold up the others. The first error is raised in the end.
+    """
+    tags = [*unsent.tags, *([entries.WHOLE] if unsent.everything else [])]
+    names = [keys.entry(key) for key in unsent.keys]
+    parts: list[Callable[[], int]] = [partial(store.delete, names)] if names else []
+    parts += [partial(store.expire, keys.entry(key)) for key in unsent.expired]
+    parts += [partial(store.drop, tags)] if tags else []
+    # A load that is under way has a lease; if its lease is there during the whole first pass, it is found and voided;
+    # if not, the load filled the entry during the first pass, and the second one finds it.
+    parts += [partial(_delete_matching, store, keys.matching(pattern)) for pattern in unsent.patterns for _ in range(2)]
+    removed, failure = 0, None
+    for part in parts:
+        try:
+            removed += part()
+        except UNAVAILABLE as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
     return removed
+
+
+def _delete_matching(store: EntryStore, pattern: str) -> int:
+    return sum(store.delete(names) for names in store.matching(pattern))
 
 
 def _tags_in(stored: bytes) -> Sequence[str]:

@@ -1,6 +1,8 @@
 """``@cached``: a function whose results are kept in a cache."""
 
 import functools
+import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
 from typing import (
@@ -24,6 +26,8 @@ from .missing import MISS
 from .policy import Options
 from .templates import CallName, Fingerprint, Template, signature_of
 
+logger = logging.getLogger(__name__)
+
 P = ParamSpec("P")
 T = TypeVar("T")
 S = TypeVar("S")
@@ -45,6 +49,8 @@ class CachedFunction(Generic[P, T]):
         tags: Sequence[str] = (),
         **options: Unpack[Options],
     ) -> None:
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(f"{function.__qualname__} is async, which is not supported yet; cache what it awaits")
         functools.update_wrapper(self, function)
         self.original = function
         self.cache = cache
@@ -92,11 +98,9 @@ class CachedFunction(Generic[P, T]):
         """The key of this call."""
         return self._key.fill(arguments, keywords)
 
-    def tags(self, *arguments: P.args, **keywords: P.kwargs) -> list[str]:
+    def tags(self, *arguments: P.args, **keywords: P.kwargs) -> Sequence[str]:
         """The tags of this call."""
-        tags = [tag.fill(arguments, keywords) for tag in self._tags]
-        checked_tags(tags, self.cache.keys)
-        return tags
+        return checked_tags([tag.fill(arguments, keywords) for tag in self._tags], self.cache.keys)
 
     def get(self, *arguments: P.args, **keywords: P.kwargs) -> Any:
         """What is cached for this call; ``MISS`` when nothing is. Never loads."""
@@ -111,6 +115,7 @@ class CachedFunction(Generic[P, T]):
             ttl=ttl_ms / 1_000,
             stale=stale_ms / 1_000,
             tags=self.tags(*arguments, **keywords),
+            type=self.policy.type,
         )
 
     def invalidate(self, *arguments: P.args, **keywords: P.kwargs) -> None:
@@ -149,8 +154,10 @@ class CachedMethod(Generic[P, T]):
     """A cached function, bound to an instance."""
 
     def __init__(self, function: "CachedFunction[..., T]", instance: object) -> None:
+        functools.update_wrapper(self, function.original)
         self._function = function
         self._instance = instance
+        self.cache = function.cache
         self.original = functools.partial(function.original, instance)
 
     def __repr__(self) -> str:
@@ -162,6 +169,10 @@ class CachedMethod(Generic[P, T]):
     def key(self, *arguments: P.args, **keywords: P.kwargs) -> str:
         """The key of this call."""
         return self._function.key(self._instance, *arguments, **keywords)
+
+    def tags(self, *arguments: P.args, **keywords: P.kwargs) -> Sequence[str]:
+        """The tags of this call."""
+        return self._function.tags(self._instance, *arguments, **keywords)
 
     def get(self, *arguments: P.args, **keywords: P.kwargs) -> Any:
         """What is cached for this call; ``MISS`` when nothing is."""
@@ -211,7 +222,13 @@ def _returned(function: Callable[..., object]) -> Any:
     """What a function says it returns, where that tells more than the stored value does by itself."""
     try:
         returned = get_type_hints(function, include_extras=True).get("return")
-    except Exception:  # noqa: BLE001 - annotations may be any code: names that are imported for type checkers alone ...
+    except Exception as error:  # noqa: BLE001 - annotations may be any code
+        if "return" in getattr(function, "__annotations__", {}):
+            logger.warning(
+                "what %s returns cannot be found out (%s), so hits come back as plain values; give type=...",
+                getattr(function, "__qualname__", function),
+                error,
+            )
         return None
     return None if _comes_back_by_itself(returned) else returned
 

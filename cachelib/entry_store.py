@@ -90,6 +90,7 @@ _DROP = load(__package__, "tags_drop", int)
 _TAGS: Script[list[bytes]] = load(__package__, "tags_read", list)
 _SEQUENCE: Script[bytes] = load(__package__, "sequence_read", bytes)
 _RENEW = load(__package__, "leases_renew", int)
+_VOID = load(__package__, "leases_void", int)
 
 
 class EntryStore:
@@ -137,8 +138,8 @@ class EntryStore:
         versions, (stored, left_ms) = prepared(client, *[self._keys.tag(tag).encode() for tag in tags], name.encode())
         return stored, left_ms, versions
 
-    def look_one(self, name: str, tags: Sequence[str], take: Take) -> tuple[list[Any], str]:
-        """As ``look``, of one entry: the reply as it is, and the token. Not on a Cluster."""
+    def look_one(self, name: str, tags: Sequence[str], take: Take, token: str) -> list[Any]:
+        """As ``look``, of one entry: the reply as it is. Not on a Cluster."""
         prepared = self._looks.get((len(tags), take))
         if prepared is None:
             prepared = self._looks[len(tags), take] = _LOOK.prepared(
@@ -151,25 +152,23 @@ class EntryStore:
                 lease_ms=self._lease_ms,
                 version_ttl_ms=_VERSION_TTL_MS,
             )
-        token = self._tokens.next()
         client: Any = self._redis.cache
         holes = [self._keys.tag(tag).encode() for tag in tags] if tags else ()
         lease = key_names.lease(name)
-        return prepared(client, *holes, name.encode(), lease.encode(), token.encode()), token
+        return prepared(client, *holes, name.encode(), lease.encode(), token.encode())
 
     @property
     def split(self) -> bool:
         """Whether the keys are spread over a Cluster."""
         return self._split
 
-    def look(self, names: Sequence[str], tags: Sequence[str], take: Take, token: str = "") -> list[Look]:
+    def look(self, names: Sequence[str], tags: Sequence[str], take: Take, token: str) -> list[Look]:
         """Read entries and the versions of tags, and take leases where asked, all with one token.
 
         Arguments:
-            token: of the lease to go on with; otherwise a new one.
+            token: a new one, or that of the lease to go on with.
         """
         tags = (WHOLE, *tags)
-        token = token or self._tokens.next()
         found: dict[str, Sequence[Any]] = {}
         since, raws = b"", []
         for group in self._groups(names):
@@ -289,6 +288,17 @@ class EntryStore:
             )
             for group in self._groups(names)
         )
+
+    def void(self, names: Sequence[str], token: str) -> int:
+        """Give back leases that were taken for nobody. Returns how many there were."""
+        return sum(
+            _VOID(self._redis.coordination, leases=[key_names.lease(name) for name in group], token=token)
+            for group in self._groups(names)
+        )
+
+    def next_token(self) -> str:
+        """For a look that takes leases."""
+        return self._tokens.next()
 
     # Writing
 

@@ -34,6 +34,10 @@ class Flight:
         self.result = result
         self._done.set()
 
+    def end(self) -> None:
+        """Tell those who joined, unless they have been told."""
+        self._done.set()
+
 
 class Flights:
     """The open flights, by key. Threads may share it."""

@@ -21,8 +21,10 @@ _NEEDS_ESCAPING = re.compile("[%{}\x00-\x1f\x7f]").search  # ten times as fast a
 
 
 def _checked(text: str, what: str) -> str:
-    if not isinstance(text, str):
-        raise TypeError(f"{what} must be text, not {type(text).__name__}: {text!r}")
+    if type(text) is not str:
+        if not isinstance(text, str):
+            raise TypeError(f"{what} must be text, not {type(text).__name__}: {text!r}")
+        text = str.__str__(text)  # of a text that is an enum too, what it equals, not what it is called
     if not text:
         raise ValueError(f"{what} must not be empty")
     if len(text) <= LONGEST_NAME_BYTES and text.isascii():

@@ -1,8 +1,11 @@
 """Leases that last as long as their loads, and no longer than their process.
 
 A lease is short, so that a holder that dies is soon succeeded; a load may be long. One thread per cache and process
-renews, every third of a lease, those that are held by then. It is started by the first load, and ends when the
-connections are closed. A load that was voided meanwhile is not renewed, so its value is refused as ever.
+renews, every third of a lease, those that are held by then; it ends when there is nothing to do. A load that was voided
+meanwhile is not renewed, so its value is refused as ever.
+
+It also gives back what nobody holds: a look that timed out may be carried out by the server all the same, later, and
+then there is a lease whose holder does not know of it.
 """
 
 import logging
@@ -30,6 +33,14 @@ class _Held(NamedTuple):
     """Whether it was there at the last round."""
 
 
+class _Orphaned(NamedTuple):
+    """Leases that may have been taken, for nobody."""
+
+    names: Sequence[str]
+    until: float
+    """When they have run out by themselves."""
+
+
 class LeaseKeeper:
     """Renews what this process holds.
 
@@ -42,7 +53,9 @@ class LeaseKeeper:
         self._store = store
         self._lease_ms = lease_ms
         self._held: dict[str, _Held] = {}  # by token
+        self._orphaned: dict[str, _Orphaned] = {}
         self._thread: Thread | None = None
+        self._wake = Event()
         self._lock = Lock()
         renew_after_fork(self)
 
@@ -51,8 +64,8 @@ class LeaseKeeper:
 
     def renew_after_fork(self) -> None:
         """Forget the parent's leases, and its thread."""
-        self._lock = Lock()
-        self._held, self._thread = {}, None
+        self._lock, self._wake = Lock(), Event()
+        self._held, self._orphaned, self._thread = {}, {}, None
 
     @contextmanager
     def keeping(self, names: Sequence[str], token: str, most_s: float = math.inf) -> Iterator[None]:
@@ -60,9 +73,7 @@ class LeaseKeeper:
         try:
             with self._lock:
                 self._held[token] = _Held(names, time.monotonic() + most_s)
-                if self._thread is None:
-                    self._thread = Thread(target=self._run, name="petiole-leases", daemon=True)
-                    self._thread.start()
+                self._have_thread()
             yield
         finally:
             self.forget(token)
@@ -72,17 +83,52 @@ class LeaseKeeper:
         with self._lock:
             self._held.pop(token, None)
 
+    def orphaned(self, names: Sequence[str], token: str) -> None:
+        """Give back leases that a look may have taken whose reply never came, as soon as the server answers."""
+        with self._lock:
+            self._orphaned[token] = _Orphaned(names, time.monotonic() + self._lease_ms / 1_000)
+            self._have_thread()
+            self._wake.set()
+
+    def _have_thread(self) -> None:
+        if self._thread is not None:
+            return
+        thread = Thread(target=self._run, name="petiole-leases", daemon=True)
+        try:
+            thread.start()
+            self._thread = thread
+        except RuntimeError as error:  # the system has none for us: a load that is longer than its lease is not stored
+            logger.warning("no thread to renew leases with: %s", error)
+
     def _run(self) -> None:
-        pause = Event()
+        wake = self._wake
         while not self._redis.closed:
-            pause.wait(self._lease_ms / 3_000)
+            wake.wait(self._lease_ms / 3_000)
+            wake.clear()
+            for token, orphaned in self._still_orphaned():
+                try:
+                    self._store.void(orphaned.names, token)
+                except (*UNAVAILABLE, RuntimeError) as error:  # RuntimeError: closed between the two lines
+                    logger.debug("a lease of %s was not given back: %s", orphaned.names[0], error)
             for token, held in self._due():
                 try:
-                    self._store.renew(held.names, token)
-                except (*UNAVAILABLE, RuntimeError) as error:  # RuntimeError: closed between the two lines
+                    if not self._store.renew(held.names, token):
+                        self.forget(token)  # voided; what its load brings is refused
+                except (*UNAVAILABLE, RuntimeError) as error:
                     logger.warning("the lease of %s was not renewed: %s", held.names[0], error)
+            with self._lock:
+                if not self._held and not self._orphaned:
+                    self._thread = None  # under the lock in which another would see that there is one
+                    return
 
-    def _due(self) -> list[tuple[str, "_Held"]]:
+    def _still_orphaned(self) -> list[tuple[str, _Orphaned]]:
+        """Until they have run out: the server may carry out the look after we have given its lease back."""
+        now = time.monotonic()
+        with self._lock:
+            self._orphaned = {token: one for token, one in self._orphaned.items() if now < one.until}
+            return list(self._orphaned.items())
+
+    def _due(self) -> list[tuple[str, _Held]]:
         """Those that were held a round ago already: most loads are done before their first."""
         now = time.monotonic()
         with self._lock:

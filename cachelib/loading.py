@@ -6,18 +6,20 @@ NSDI 2013). It holds wherever the load runs: in the caller, in a thread, in anot
 token.
 """
 
+import inspect
 import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from . import entry as entries
+from . import exceptions
 from . import keys as key_names
 from . import policy as policies
 from .background import Background
@@ -73,6 +75,7 @@ class Loading:
         reader: Reader,
         counters: Counters,
         remembered: Remembered,
+        keeper: LeaseKeeper,
         lease_ms: int,
     ) -> None:
         self._redis = redis
@@ -83,7 +86,7 @@ class Loading:
         self._counters = counters
         self._remembered = remembered
         self._lease_ms = lease_ms
-        self.keeper = LeaseKeeper(redis, store, lease_ms)
+        self.keeper = keeper
         self._flights = Flights()
         self._refreshing = Background(_REFRESHING)
         self._timed = Background(_TIMED)
@@ -103,7 +106,8 @@ class Loading:
                     left_s = self._left_to_wait_s(request, started)
                     self._counters.add("joins")
                     if left_s > 0 and (make := flight.join(left_s)) is not None:
-                        return make(policy.type)
+                        with suppress(Undecodable):  # of another type than ours: look for ourselves
+                            return make(policy.type)
                 plain = policy.type is Any and policy.early is None and waited_for is None
                 reading = self._look(request, name, Take.IF_GONE, plain=plain)
                 if reading is None:
@@ -277,6 +281,13 @@ class Loading:
     def _loaded(self, request: Request, reading: Reading) -> Any:
         """Load what is missing, while others of this process may join."""
         flight = self._flights.open(request.key)
+        try:
+            return self._loaded_in_time(request, reading, flight)
+        finally:  # whatever came in between: a flight that stays open would hold up every later miss
+            self._flights.close(request.key, flight)
+            flight.end()
+
+    def _loaded_in_time(self, request: Request, reading: Reading, flight: Flight) -> Any:
         limit_ms = request.policy.hard_timeout_ms
         if limit_ms is None:
             return self._load_and_fill(request, reading, flight)[0]
@@ -289,7 +300,6 @@ class Loading:
         self.keeper.forget(reading.look.token)
         self._flights.close(request.key, flight)
         self._give_back(reading)
-        flight.land(None)
         self._counters.add("load_timeouts")
         raise LoadTimedOut(request.key, limit_ms, too_many=job is None)
 
@@ -335,6 +345,7 @@ class Loading:
                 logger.warning("%r did not take the refresh of %r (%s)", refresher, request.key, error)
 
         def job() -> None:
+            _loading.set(())  # nobody waits for this thread, so it cannot wait for itself
             try:
                 self._load_and_fill(request, reading, None)
             except Exception:
@@ -396,7 +407,11 @@ class Loading:
                 raise
             if flight is not None:
                 self._flights.close(request.key, flight)
-            brought = self._fill(request, reading, loaded, load_ms)
+            try:
+                brought = self._fill(request, reading, loaded, load_ms)
+            except BaseException:
+                self._give_back(reading)
+                raise
             return _plain_value(loaded), brought is not None
         finally:
             if flight is not None:
@@ -405,13 +420,16 @@ class Loading:
 
     def _load(self, key: str, loader: Callable[[], Any]) -> tuple[Any, int]:
         """The loader's value, and how many milliseconds it took."""
-        with self._not_twice([key]):
+        with self.not_twice([key]):
             return self._timed_call(loader)
 
     def _timed_call(self, loader: Callable[[], T]) -> tuple[T, int]:
         started = time.perf_counter()
         try:
             loaded = loader()
+            if inspect.iscoroutine(loaded):
+                loaded.close()
+                raise TypeError("the loader is an async function; give one that returns the value itself")
         except Exception:
             self._counters.add("load_errors")
             raise
@@ -423,7 +441,7 @@ class Loading:
     def _load_many(
         self, keys: list[str], loader: Callable[[list[str]], Mapping[str, Any]]
     ) -> tuple[Mapping[str, Any], int]:
-        with self._not_twice(keys):
+        with self.not_twice(keys):
             values, load_ms = self._timed_call(lambda: loader(list(keys)))
         if not isinstance(values, Mapping):
             raise TypeError(f"the loader of several keys must return a dict of their values, not {values!r:.100}")
@@ -518,7 +536,7 @@ class Loading:
             ttl_ms, stale_ms = changed.ttls_ms(value)
             all_tags = tuple(dict.fromkeys((*tags, *said.tags)))
             if said.tags:
-                checked_tags(all_tags, self._keys)
+                all_tags = checked_tags(all_tags, self._keys)
             ttl_ms = entries.jittered(ttl_ms, random.random())
             if self._remembered.any and self._remembered.covers(reading.key, all_tags):
                 return None
@@ -570,7 +588,7 @@ class Loading:
         """
         countable = countable and not tags and (type is Any or type is int)
         if countable and (counter := entries.encode_counter(value)) is not None:
-            return counter, lambda _type: value
+            return counter, lambda type: value if type is Any or type is int else self._repacked(value, name, type)
         try:
             if value is MISS:
                 raise NotEncodable("MISS stands for what is not cached")
@@ -589,17 +607,20 @@ class Loading:
         )
         return body, lambda type: self._codec.unpack(how, packed, name, type)
 
+    def _repacked(self, value: Any, name: str, type: Any) -> Any:
+        return self._codec.unpack(*self._codec.pack(value, name), name, type)
+
     # Failing
 
     def _failed(self, request: Request, reading: Reading, error: BaseException, *, pause: bool) -> None:
         """A load raised: cache the exception where asked, or end the lease, with a pause where a value is left."""
         ttl_ms = request.policy.exception_ttl_ms(error)
         if ttl_ms is not None:
-            described = [f"{type(error).__module__}.{type(error).__qualname__}", list(error.args)]
             ttl_ms = entries.jittered(ttl_ms, random.random())
             try:
+                described = exceptions.described(error)
                 body, _ = self.body(reading.key, reading.name, described, request.tags, ttl_ms=ttl_ms)
-            except (ValueNotCacheable, ValueTooLarge) as why:
+            except (ValueNotCacheable, ValueTooLarge, TypeError) as why:
                 logger.warning("the exception of %r is not cached: %s", request.key, why)
             else:
                 self._stored(reading, Write({reading.name: body}, [ttl_ms], tags=request.tags, raised=True))
@@ -636,11 +657,11 @@ class Loading:
             name, arguments = self._reader.value(reading, tuple[str, list[Any]])
         except Undecodable:
             return Freshness.GONE, MISS
-        for kind, _ in policy.exceptions:
-            if name == f"{kind.__module__}.{kind.__qualname__}":
-                self._counters.add("hits")
-                raise kind(*arguments)
-        return Freshness.GONE, MISS  # of a kind that this caller does not expect
+        error = exceptions.rebuilt(name, arguments, [kind for kind, _ in policy.exceptions])
+        if error is None:
+            return Freshness.GONE, MISS  # of a kind that this caller does not expect
+        self._counters.add("hits")
+        raise error
 
     def _outcome_or_gone(self, reading: Reading, policy: Policy) -> tuple[Freshness, Any]:
         """As ``_outcome``; of several keys, one's exception must not take the others' values away."""
@@ -659,7 +680,7 @@ class Loading:
         return left_s if policy.hard_timeout_ms is None else min(left_s, policy.hard_timeout_ms / 1_000 - waited_s)
 
     @contextmanager
-    def _not_twice(self, keys: Sequence[str]) -> Iterator[None]:
+    def not_twice(self, keys: Sequence[str]) -> Iterator[None]:
         """Notes that keys are being loaded, and refuses to load them inside their own load."""
         for key in keys:
             self._refuse_recursion(key)
@@ -686,14 +707,15 @@ def _early_ms(reading: Reading, policy: Policy) -> int:
     return policies.longest_early_ms(policy.early, ttl_ms=body.ttl_ms, load_ms=body.load_ms)
 
 
-def checked_tags(tags: Sequence[str], keys: CacheKeys) -> Sequence[str]:
+def checked_tags(tags: Iterable[str], keys: CacheKeys) -> tuple[str, ...]:
     """Tags as they were given. Refuses what are none, or too many."""
     if isinstance(tags, str):
         raise TypeError(f"tags must be several, such as [{tags!r}], not the text {tags!r}")
+    tags = tuple(tags)  # of our own: a list may be changed while a thread loads
     if len(tags) > entries.MOST_TAGS:
         raise ValueError(f"an entry may have {entries.MOST_TAGS} tags, not {len(tags)}")
     for tag in tags:
-        if not tag or not isinstance(tag, str) or len(tag) > key_names.LONGEST_NAME_BYTES:
+        if type(tag) is not str or not tag or len(tag) > key_names.LONGEST_NAME_BYTES or not tag.isascii():
             keys.tag(tag)  # says what is wrong with it
     return tags
 

@@ -231,7 +231,7 @@ class Policies:
         check_type: raises ``TypeError`` for a type that no value could be restored as.
     """
 
-    _MOST = 256  # a call that makes its functions anew each time must not fill the memory
+    _MOST = 256
 
     def __init__(self, default: Policy, check_type: Callable[[Any], None]) -> None:
         self._check_type = check_type
@@ -250,6 +250,8 @@ class Policies:
             return self._checked(self.default.changed(options))
         if known is None:
             known = self._checked(self.default.changed(options))
+            if any(callable(value) and not isinstance(value, type) for value in options.values()):
+                return known  # a function that is made for each call must not live on here, with all that it holds
             if len(self._known) >= self._MOST:
                 self._known.clear()
             self._known[key] = known

@@ -6,9 +6,11 @@ process to be sent. Everything else is a miss, and counted.
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from . import entry as entries
+from .circuit import LOST, CircuitOpen
 from .connections import UNAVAILABLE, Connections
 from .counters import Counters
 from .entry import Entry, Freshness
@@ -16,6 +18,7 @@ from .entry_store import EntryStore, Look, Take
 from .errors import ServerUnavailable
 from .formats import Codec, Undecodable
 from .keys import CacheKeys
+from .leases import LeaseKeeper
 from .missing import MISS
 from .near import ABSENT, Marker, NearStore
 from .remembered import Remembered, Unsent
@@ -62,6 +65,7 @@ class Reader:
         counters: Counters,
         remembered: Remembered,
         near: NearStore | None,
+        keeper: LeaseKeeper,
         *,
         strict: bool,
     ) -> None:
@@ -72,6 +76,7 @@ class Reader:
         self._counters = counters
         self._remembered = remembered
         self._near = near
+        self._keeper = keeper
         self._strict = strict
 
     def read(
@@ -113,7 +118,9 @@ class Reader:
         self, keys: Sequence[str], names: Sequence[str], tags: Sequence[str], take: Take, token: str = ""
     ) -> list[Reading] | None:
         """What is stored, taking leases as asked. None when Redis does not answer."""
-        return self._readings(keys, names, lambda: self._store.look(names, tags, take, token), "get_or_set")
+        new = "" if token else self._store.next_token()
+        ask = partial(self._store.look, names, tags, take, token or new)
+        return self._readings(keys, names, ask, "get_or_set", token=new)
 
     def read_one(self, key: str, *, plain: bool) -> Reading | None:
         """As ``read``, for one key. ``plain``: the value is wanted as the format has it."""
@@ -139,8 +146,9 @@ class Reader:
             readings = self.look([key], [name], tags, take)
             return readings[0] if readings else None
         unsent = self._remembered.seen()
+        token = self._store.next_token()
         try:
-            reply, token = self._store.look_one(name, tags, take)
+            reply = self._store.look_one(name, tags, take, token)
             since, versions, (stored, left_ms, lease, holder) = reply
             if plain and lease == 0 and unsent is None and not self._remembered.any:
                 value = entries.fresh_value(stored, left_ms, versions, tags)
@@ -150,6 +158,7 @@ class Reader:
             look = Look(stored, left_ms, known, lease, holder.decode("ascii", "replace"), token, since)
             return self.judged(key, name, look, unsent)
         except UNAVAILABLE as error:
+            self._lost([name], token, error)
             self.degraded("get_or_set", error)
             return None
 
@@ -250,6 +259,7 @@ class Reader:
         doing: str,
         *,
         near: bool = True,
+        token: str = "",
     ) -> list[Reading] | None:
         store = self._near if near else None
         markers = [] if store is None else [store.begin(key) for key in keys]
@@ -260,12 +270,18 @@ class Reader:
             kept = len(readings)
             return readings
         except UNAVAILABLE as error:
+            self._lost(names, token, error)
             self.degraded(doing, error)
             return None
         finally:
             if store is not None and not kept:
                 for key, marker in zip(keys, markers, strict=True):
                     store.abandon(key, marker)
+
+    def _lost(self, names: Sequence[str], token: str, error: BaseException) -> None:
+        """No reply came: the server may take the leases all the same, when it goes on."""
+        if token and isinstance(error, LOST) and not isinstance(error, CircuitOpen):
+            self._keeper.orphaned(names, token)
 
     def _judged(
         self,

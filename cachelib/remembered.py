@@ -95,8 +95,12 @@ class Remembered:
             self._unsent.add(unsent)
             self.any = True
             if self._thread is None:
-                self._thread = Thread(target=self._run, name="petiole-invalidations", daemon=True)
-                self._thread.start()
+                thread = Thread(target=self._run, name="petiole-invalidations", daemon=True)
+                try:
+                    thread.start()
+                    self._thread = thread
+                except RuntimeError as none:  # the system has none for us; the next one tries again
+                    logger.error("%s: no thread to send invalidations with: %s", self._what, none)
         if first:
             logger.warning("%s: Redis was not told of an invalidation (%s); it is remembered", self._what, error)
 
@@ -145,6 +149,11 @@ class Remembered:
             except (*UNAVAILABLE, RuntimeError):  # RuntimeError: closed between the two lines
                 pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)
                 continue
+            except Exception:
+                logger.exception("%s: %s cannot be sent, and is given up", self._what, _told(self._sending))
+                with self._lock:
+                    self._sending = Unsent()
+                    self.any = bool(self._unsent)
             with self._lock:
                 if not self.any:  # under the lock in which another would see that there is a thread
                     self._thread = None
@@ -156,8 +165,16 @@ class Remembered:
 
     def _say_what_is_lost(self) -> None:
         if self.any:
-            left = [self._sending, self._unsent]
-            logger.error("%s: Redis was never told of %d invalidations: %r", self._what, len(self), left)
+            left = Unsent()
+            left.add(self._sending)
+            left.add(self._unsent)
+            logger.error("%s: Redis was never told of %d invalidations: %s", self._what, len(left), _told(left))
+
+
+def _told(unsent: Unsent) -> str:
+    """The first few, for the log."""
+    some = [*unsent.tags, *unsent.keys, *unsent.expired, *unsent.patterns]
+    return "everything" if unsent.everything else ", ".join(map(repr, some[:5])) + (", ..." if len(some) > 5 else "")
 
 
 _known: "WeakSet[Remembered]" = WeakSet()

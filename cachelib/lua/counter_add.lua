@@ -16,7 +16,7 @@ if tag_count > 0 then
     versions = version_of(KEYS[2], sequence_of(KEYS[1], ARGV[5]), ARGV[4], ARGV[5])
 end
 
-local entry = redis.call("GET", key)
+local entry = text_of(key)
 local left_ms = entry and redis.call("PTTL", key) or -1
 if entry and string.sub(entry, 1, 1) == "\193" then
     local carried = string.sub(entry, 31, 30 + #versions)

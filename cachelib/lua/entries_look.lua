@@ -18,7 +18,7 @@ local count = (#KEYS - 1 - tag_count) / 2
 local found, taken = {}, false
 
 for i = 2 + tag_count, 1 + tag_count + count do
-    local entry = redis.call("GET", KEYS[i])
+    local entry = text_of(KEYS[i])
     local left_ms = entry and redis.call("PTTL", KEYS[i]) or -2
     local lease, holder = 0, ""
     if take ~= "1" or not entry then
@@ -49,6 +49,6 @@ if taken and tag_count > 0 then
     sequence = sequence_of(KEYS[1], ARGV[5])
 end
 for i = 1, tag_count do
-    versions[i] = taken and version_of(KEYS[1 + i], sequence, token, ARGV[5]) or redis.call("GET", KEYS[1 + i])
+    versions[i] = taken and version_of(KEYS[1 + i], sequence, token, ARGV[5]) or text_of(KEYS[1 + i])
 end
 return {sequence, versions, found}

@@ -1,3 +1,4 @@
+-- USES: _versions
 -- Read entries, each with what is left of its time, and the versions of tags.
 --
 -- KEYS: tags..., entries...
@@ -9,10 +10,10 @@
 local versions, found = {}, {}
 local tag_count = tonumber(ARGV[1])
 for i = 1, tag_count do
-    versions[i] = redis.call("GET", KEYS[i])
+    versions[i] = text_of(KEYS[i])
 end
 for i = tag_count + 1, #KEYS do
-    found[#found + 1] = redis.call("GET", KEYS[i])
+    found[#found + 1] = text_of(KEYS[i])
     found[#found + 1] = found[#found] and redis.call("PTTL", KEYS[i]) or -2
 end
 return {versions, found}

@@ -17,7 +17,7 @@ local first = 2 + old_count + tag_count
 
 if expected ~= "*" then
     for i = first, first + count - 1 do
-        local entry = redis.call("GET", KEYS[i])
+        local entry = text_of(KEYS[i])
         local nothing = not entry or (expected == "" and string.sub(entry, 2, 2) == "x")
         if (nothing and "" or string.sub(entry, 15, 30)) ~= expected then
             return 0
@@ -25,7 +25,7 @@ if expected ~= "*" then
     end
     local current = ""
     for i = 2, 1 + old_count do
-        current = current .. (redis.call("GET", KEYS[i]) or "")
+        current = current .. (text_of(KEYS[i]) or "")
     end
     if current ~= ARGV[3] then
         return 0

@@ -1,3 +1,4 @@
+-- USES: _versions
 -- Take an entry out: return it and delete it, and void the load that is under way.
 --
 -- KEYS: tags..., entry, lease
@@ -9,9 +10,9 @@
 local tag_count, versions = tonumber(ARGV[1]), {}
 local key = KEYS[tag_count + 1]
 for i = 1, tag_count do
-    versions[i] = redis.call("GET", KEYS[i])
+    versions[i] = text_of(KEYS[i])
 end
-local entry = redis.call("GET", key)
+local entry = text_of(key)
 local left_ms = entry and redis.call("PTTL", key) or -2
 redis.call("UNLINK", key)
 redis.call("DEL", KEYS[tag_count + 2])

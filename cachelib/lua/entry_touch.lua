@@ -1,3 +1,4 @@
+-- USES: _versions
 -- Give an entry a new time to live, and the versions of its tags too; return it as it was.
 --
 -- KEYS: tags..., entry
@@ -11,14 +12,14 @@
 
 local tag_count = tonumber(ARGV[1])
 local key = KEYS[1 + tag_count]
-local entry = redis.call("GET", key)
+local entry = text_of(key)
 if not entry then
     return {false, -2, {}, 0}
 end
 local left_ms, versions, touched, current = redis.call("PTTL", key), {}, 0, ARGV[4]
 local stale_ms = tonumber(string.sub(entry, 5, 14), 16) or 0
 for i = 1, tag_count do
-    versions[i] = redis.call("GET", KEYS[i])
+    versions[i] = text_of(KEYS[i])
     current = current .. (versions[i] or "")
 end
 local carried = string.sub(entry, 31, 30 + 20 * (tonumber(string.sub(entry, 3, 4), 16) or 0))

@@ -617,6 +617,36 @@ def test_what_was_invalidated_while_redis_hung_is_not_served_here_and_later_nowh
     assert "old" not in seen
 
 
+def away(*_):
+    """Tells Redis of nothing."""
+    raise RedisConnectionError("Redis is away")
+
+
+@pytest.mark.parametrize("kind", [*KEY_TAG_NAMESPACE, "pattern"])
+def test_who_joins_a_load_after_an_invalidation_that_is_only_remembered_does_not_get_what_it_read_before(
+    cache, monkeypatch, kind
+):
+    """The lease of the load is still good in Redis, which was not told; this process knows better."""
+    monkeypatch.setattr("petiole.cachelib.remembered._FIRST_PAUSE_S", 3_600.0)
+    database = Database()
+    with ThreadPoolExecutor(2) as pool:
+        load, steps = loading(cache, "k", "inline", pool, database)
+        steps["begin"]()
+        steps["read"]()
+        database.commit()
+        with monkeypatch.context() as patch:
+            patch.setattr("petiole.cachelib.cache._send", away)
+            INVALIDATIONS[kind](cache, "k")
+        joined = pool.submit(cache.get_or_set, "k", lambda: database.value, tags=TAGS)
+        until(lambda: cache.stats().joins == 1)
+
+        assert load.end() == ["old"]
+        assert joined.result(MAY_TAKE_S) == "new"
+    assert cache.get("k", MISS) is MISS
+    cache._remembered.send()
+    assert cache.get("k", MISS) is MISS
+
+
 READS = {
     "get": lambda cache, key: cache.get(key, MISS),
     "get_many": lambda cache, key: cache.get_many([key]).get(key, MISS),
@@ -633,10 +663,6 @@ def test_a_read_that_redis_answered_before_it_was_told_does_not_serve_what_was_i
 ):
     """The invalidation has returned and waits here; the read begins; Redis answers it; only then Redis is told."""
     monkeypatch.setattr("petiole.cachelib.remembered._FIRST_PAUSE_S", 3_600.0)  # it is told when the test says so
-
-    def away(*_):
-        raise RedisConnectionError("Redis is away")
-
     served = []
     for read, reads_it in READS.items():
         cache = Cache(redis, namespace=f"{name}-{read}", near=near)

@@ -364,7 +364,11 @@ def test_a_value_without_a_form_is_refused_with_the_reason(how):
         codec(how).pack((number for number in [1]), NAME)
 
 
-@pytest.mark.parametrize("value", [2**64, "\ud800", {"a": [object()]}, {frozenset({1}): {1j}}], ids=ascii)
+@pytest.mark.parametrize(
+    "value",
+    [2**64, "\ud800", {"a": [object()]}, {frozenset({1}): {1j}}],
+    ids=["too large", "a surrogate", "an object", "a complex number"],
+)
 def test_what_messagepack_cannot_say_is_refused(value):
     """By one error, whatever msgspec raises."""
     with pytest.raises(NotEncodable, match="cannot be stored as msgpack: "):
