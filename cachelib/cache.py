@@ -116,7 +116,7 @@ class Cache:
                 f"lease={lease!r} is shorter than a round trip may take; give {_SHORTEST_LEASE_MS} ms or more"
             )
         self._store = EntryStore(redis, self.keys, lease_ms)
-        self._remembered = Remembered(redis, _Sending(self._store, self.keys), f"cache {namespace!r}")
+        self._remembered = Remembered(redis, _Sending(redis, self._store, self.keys), f"cache {namespace!r}")
         self._near: NearStore | None = None
         if near:
             if near is not True and not isinstance(near, Near):
@@ -224,7 +224,8 @@ class Cache:
             tags: groups that the entry belongs to; invalidating one of them removes it.
             options: see ``Options``; those of the cache where not given.
 
-        A hit costs one round trip (none from the near cache), a miss two; a stale or invalidated entry one more. Raises
+        A hit costs one round trip (none from the near cache), a miss two; a stale or invalidated entry one more, and so
+        does one with tags that are not named here (``Loaded``). Raises
         ``LoaderRecursion`` when the loader asks for the same key, ``LoadTimedOut`` after ``hard_timeout``, and
         ``ValueNotCacheable`` for a value that has no form in the cache's format.
         """
@@ -346,7 +347,7 @@ class Cache:
         wanted = list(dict.fromkeys(_listed(keys, "keys")))
         names = [self.keys.entry(key) for key in wanted]
         tags = checked_tags(tags, self.keys)
-        readings = self._reader.look(wanted, names, tags, Take.ALWAYS) if wanted else []
+        readings = self._reader.look(wanted, names, tags, Take.ALWAYS, near=False) if wanted else []
         leased = [reading for reading in readings or [] if reading.leased]
         if not leased:
             yield Guard({}, tags)
@@ -434,7 +435,8 @@ class Cache:
     def incr(self, key: str, by: int = 1, *, ttl: Duration | None = None) -> int | None:
         """Add to a whole number; a new one starts at 0 and gets the TTL in the same step.
 
-        Returns the new value, or None when Redis does not answer (it may then have been added or not).
+        Returns the new value, or None when Redis does not answer (it may then have been added or not), or has not been
+        told yet that the key was invalidated.
         ``get`` reads it, ``set`` with a whole number and no tags starts it elsewhere. Raises ``EntryNotCounter`` for a
         key that holds something else.
         """
@@ -446,11 +448,11 @@ class Cache:
         name = self.keys.entry(key)
         try:
             if self._remembered.any and self._remembered.covers(key):
-                self._remembered.send()  # or the count would go on from what is to be deleted, and be deleted with it
+                return None  # it would go on from a count that is to be deleted, and be deleted with it
             return self._store.add(name, by, ttl_ms)
         except UNAVAILABLE as error:
             if any(why in str(error) for why in _NOT_COUNTABLE):
-                raise EntryNotCounter(key) from None
+                raise EntryNotCounter(key, overflow="would overflow" in str(error)) from None
             self._reader.degraded("incr", error)
             return None
         finally:
@@ -501,7 +503,7 @@ class Cache:
         name = self.keys.entry(key)
         self._counters.add("invalidations")
         try:
-            return self._store.expire(name)
+            return self._store.expire(name, self.redis.cache)
         except UNAVAILABLE as error:
             self._remember(Unsent(expired={key: None}), error, "expire", self.strict)
             return False
@@ -534,7 +536,8 @@ class Cache:
             matching: a pattern with ``*``, ``?`` and ``[...]``. Found with SCAN and removed in batches, without
                 blocking others; it looks at every key of the server, twice, so it is a tool for people and
                 migrations. Prefer tags.
-            strict: raise ``ServerUnavailable`` when Redis does not answer, and remember nothing. Default: the cache's.
+            strict: wait for Redis for 2 s, raise ``ServerUnavailable`` when it does not answer, and remember nothing.
+                Default: the cache's.
 
         Returns how many keys and tags were removed; 0 when Redis does not answer: then it is remembered, and sent when
         it does.
@@ -733,10 +736,11 @@ class Cache:
 
     def _invalidate(self, unsent: Unsent, doing: str, strict: bool | None) -> int:
         self._counters.add("invalidations", len(unsent))
+        strict = self.strict if strict is None else strict
         try:
-            return _send(self._store, self.keys, unsent)
+            return _send(self.redis, self._store, self.keys, unsent, patient=strict)
         except UNAVAILABLE as error:
-            self._remember(unsent, error, doing, self.strict if strict is None else strict)
+            self._remember(unsent, error, doing, strict)
             return 0
         finally:
             everything = unsent.everything or bool(unsent.patterns)
@@ -753,15 +757,16 @@ class Cache:
 class _Sending:
     """Tells Redis of invalidations that were remembered, without keeping the cache alive."""
 
-    def __init__(self, store: EntryStore, keys: key_names.CacheKeys) -> None:
+    def __init__(self, redis: Connections, store: EntryStore, keys: key_names.CacheKeys) -> None:
+        self._redis = redis
         self._store = store
         self._keys = keys
 
     def __call__(self, unsent: Unsent) -> object:
-        return _send(self._store, self._keys, unsent)
+        return _send(self._redis, self._store, self._keys, unsent, patient=True)
 
 
-def _send(store: EntryStore, keys: key_names.CacheKeys, unsent: Unsent) -> int:
+def _send(redis: Connections, store: EntryStore, keys: key_names.CacheKeys, unsent: Unsent, *, patient: bool) -> int:
     """Tell Redis of invalidations. Returns how many keys and tags were removed; raises redis-py's errors.
 
     Each part on its own, so that one which Redis does not take now (it may have no memory left for a version) does not
@@ -769,12 +774,14 @@ def _send(store: EntryStore, keys: key_names.CacheKeys, unsent: Unsent) -> int:
     """
     tags = [*unsent.tags, *([entries.WHOLE] if unsent.everything else [])]
     names = [keys.entry(key) for key in unsent.keys]
-    parts: list[Callable[[], int]] = [partial(store.delete, names)] if names else []
-    parts += [partial(store.expire, keys.entry(key)) for key in unsent.expired]
-    parts += [partial(store.drop, tags)] if tags else []
+    client = redis.coordination if patient else redis.cache  # which asks the breaker, and waits no longer than a read
+    parts: list[Callable[[], int]] = [partial(store.delete, names, client)] if names else []
+    parts += [partial(store.expire, keys.entry(key), client) for key in unsent.expired]
+    parts += [partial(store.drop, tags, client)] if tags else []
     # A load that is under way has a lease; if its lease is there during the whole first pass, it is found and voided;
     # if not, the load filled the entry during the first pass, and the second one finds it.
-    parts += [partial(_delete_matching, store, keys.matching(pattern)) for pattern in unsent.patterns for _ in range(2)]
+    for pattern in unsent.patterns:
+        parts += [partial(_delete_matching, redis, store, keys.matching(pattern))] * 2
     removed, failure = 0, None
     for part in parts:
         try:
@@ -786,8 +793,8 @@ def _send(store: EntryStore, keys: key_names.CacheKeys, unsent: Unsent) -> int:
     return removed
 
 
-def _delete_matching(store: EntryStore, pattern: str) -> int:
-    return sum(store.delete(names) for names in store.matching(pattern))
+def _delete_matching(redis: Connections, store: EntryStore, pattern: str) -> int:
+    return sum(store.delete(names, redis.coordination) for names in store.matching(pattern))
 
 
 def _tags_in(stored: bytes) -> Sequence[str]:

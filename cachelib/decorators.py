@@ -56,7 +56,7 @@ class CachedFunction(Generic[P, T]):
         self.cache = cache
         self._signature = signature_of(function)
         if key is None:
-            first = next(iter(self._signature.parameters), "")
+            first = next(iter(self._signature.parameters), "") if _is_in_class(function) else ""
             self._key: CallName = Fingerprint(
                 self._signature,
                 prefix=f"{function.__module__}.{function.__qualname__}:",
@@ -216,6 +216,11 @@ def cached(
         return CachedFunction(function, cache, key, tags=tags, **options)
 
     return decorate
+
+
+def _is_in_class(function: Callable[..., object]) -> bool:
+    around = function.__qualname__.rpartition(".")[0]
+    return bool(around) and not around.endswith("<locals>")
 
 
 def _returned(function: Callable[..., object]) -> Any:

@@ -222,8 +222,3 @@ def jittered(ttl_ms: int, chance: float) -> int:
     ``chance`` is uniform in [0, 1). Never longer than asked for: a TTL is an upper bound on staleness.
     """
     return max(1, ttl_ms - int(ttl_ms * 0.1 * chance))
-
-
-def missing_tags(known: Mapping[str, object], entry: Entry) -> list[str]:
-    """The tags of an entry whose versions have not been asked for."""
-    return [tag for tag in entry.tags if tag not in known]

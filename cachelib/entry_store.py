@@ -12,13 +12,16 @@ tag that is invalidated between that and the SET leaves an entry with an old ver
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from . import keys as key_names
 from .connections import Connections
 from .entry import WHOLE, Entry, invalidated_since
 from .scripts import HOLE, Prepared, Script, load
 from .tokens import Tokens
+
+if TYPE_CHECKING:
+    import redis
 
 _SCAN_COUNT = 500  # keys looked at per call: large enough to be quick, small enough that others get their turn
 _WAKE_TTL_MS = 10_000  # a wake-up that nobody took is worth nothing after this
@@ -90,6 +93,7 @@ _DROP = load(__package__, "tags_drop", int)
 _TAGS: Script[list[bytes]] = load(__package__, "tags_read", list)
 _SEQUENCE: Script[bytes] = load(__package__, "sequence_read", bytes)
 _RENEW = load(__package__, "leases_renew", int)
+_RAISE = load(__package__, "tag_raise", int)
 _VOID = load(__package__, "leases_void", int)
 
 
@@ -402,36 +406,27 @@ class EntryStore:
 
     # Removing
 
-    def delete(self, names: Sequence[str]) -> int:
+    def delete(self, names: Sequence[str], client: "redis.Redis") -> int:
         """Remove entries, and void the loads of them. Returns how many there were."""
         return sum(
-            _DELETE(self._redis.coordination, entries=group, leases=[key_names.lease(name) for name in group])
+            _DELETE(client, entries=group, leases=[key_names.lease(name) for name in group])
             for group in self._groups(names)
         )
 
-    def expire(self, name: str) -> bool:
+    def expire(self, name: str, client: "redis.Redis") -> bool:
         """Make an entry stale, and void the load of it. Returns whether there was one."""
-        return _EXPIRE(self._redis.coordination, entry=name, lease=key_names.lease(name))
+        return _EXPIRE(client, entry=name, lease=key_names.lease(name))
 
-    def drop(self, tags: Iterable[str]) -> int:
+    def drop(self, tags: Iterable[str], client: "redis.Redis") -> int:
         """Invalidate every entry that names one of the tags. Returns how many tags had a version."""
         names = self._tag_keys(list(tags))
-        client = self._redis.coordination
+        token = self._tokens.next()
         if not self._split:
-            return _DROP(
-                client,
-                sequence=self._keys.sequence,
-                tags=names,
-                token=self._tokens.next(),
-                version_ttl_ms=_VERSION_TTL_MS,
-            )
+            return _DROP(client, sequence=self._keys.sequence, tags=names, token=token, version_ttl_ms=_VERSION_TTL_MS)
         # The number first: a load that began with the old one must find a higher one at its end.
         number = _SEQUENCE(client, sequence=self._keys.sequence, rise=1, ttl_ms=_VERSION_TTL_MS)
-        had = 0
-        for name in names:
-            version = number + self._tokens.next()[-7:].encode()
-            had += client.execute_command("SET", name, version, "PX", _VERSION_TTL_MS, "GET") is not None
-        return had
+        version = number + token[-7:].encode()
+        return sum(_RAISE(client, tag=name, version=version, ttl_ms=_VERSION_TTL_MS) for name in names)
 
     def matching(self, pattern: str) -> Iterator[list[str]]:
         """The names of entries that match, or whose leases do, in batches: at least what is there all the time."""

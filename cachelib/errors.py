@@ -24,13 +24,18 @@ class ServerNotFound(CachelibError):
 class EntryNotCounter(CachelibError):
     """``incr`` met a key that holds something else than a whole number."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, *, overflow: bool = False) -> None:
         self.key = key
-        super().__init__(f"{key!r} does not hold a whole number, so it cannot be incremented; delete it first")
+        self.overflow = overflow
+        super().__init__(
+            f"{key!r} would leave the 64 bits that Redis counts with"
+            if overflow
+            else f"{key!r} does not hold a whole number that can be counted on (one with tags cannot); delete it first"
+        )
 
 
 class ValueNotCacheable(CachelibError, TypeError):
-    """A value has no MessagePack form."""
+    """A value has no form in the cache's format, or is not of the type that was given."""
 
     def __init__(self, key: str, value: object, cause: BaseException) -> None:
         self.key = key

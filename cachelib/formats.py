@@ -300,7 +300,8 @@ class Codec:
         compression: ``"zlib"``, or ``"zstd"`` (``pip install petiole[zstd]``); both at level 1.
         compress_above: how many bytes are stored as they are. Longer values are compressed if that makes them
             shorter. None: never.
-        max_bytes: how many bytes a value may have before compression, and expand to when it is read.
+        max_bytes: how many bytes a value may have before compression, and expand to when it is read. What takes longer
+            to send than the cache's timeout is no good to anybody.
 
     Raises ``TypeError`` or ``ValueError`` for arguments that do not fit.
     """
@@ -313,7 +314,7 @@ class Codec:
         *,
         compression: Literal["zlib", "zstd"] = "zlib",
         compress_above: int | None = 16_384,
-        max_bytes: int = 64 * 1024 * 1024,
+        max_bytes: int = 8 * 1024 * 1024,
     ) -> None:
         self._pickle = format if isinstance(format, Pickle) else None
         if self._pickle is None:

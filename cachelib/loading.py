@@ -166,7 +166,7 @@ class Loading:
                 if left_ms > unless_fresh_for_ms:
                     return False
         # As those do who have nothing to serve: it does not mind that a load has just failed.
-        reading = self._look(request, name, Take.GO_ON if token else Take.OR_WAIT, token)
+        reading = self._look(request, name, Take.GO_ON if token else Take.OR_WAIT, token, near=False)
         if reading is None or not reading.leased:
             return False
         self._counters.add("refreshes")
@@ -269,6 +269,7 @@ class Loading:
             if left := [reading.name for reading in readings if reading.name not in ended]:
                 self._store.give_back(left, look)
         except UNAVAILABLE as error:
+            self.keeper.orphaned(list(keys), look.token)
             self._reader.degraded("fill", error)
         finally:
             self._reader.changed(keys.values())
@@ -370,7 +371,7 @@ class Loading:
 
     def _early(self, request: Request, name: str, value: Any) -> Any:
         """Refresh a fresh value, if nobody does already."""
-        reading = self._look(request, name, Take.ALWAYS)
+        reading = self._look(request, name, Take.ALWAYS, near=False)
         if reading is None or not reading.leased:
             return value
         return self._refreshed(request, reading, value)
@@ -508,6 +509,7 @@ class Loading:
         try:
             stored = self._store.fill(write, reading.look)
         except UNAVAILABLE as error:
+            self.keeper.orphaned([reading.name], reading.look.token)
             self._reader.degraded("fill", error)
             return False
         finally:
@@ -636,15 +638,18 @@ class Loading:
         try:
             self._store.give_back(names, reading.look, pause_ms=pause_ms)
         except UNAVAILABLE as error:
-            self._counters.add("errors")  # also in a strict cache: the lease runs out by itself
+            self._counters.add("errors")  # also in a strict cache: it will be given back, or run out
+            self.keeper.orphaned(names, reading.look.token)
             logger.debug("a lease was not given back: %s", error)
 
     # Judging
 
-    def _look(self, request: Request, name: str, take: Take, token: str = "", *, plain: bool = False) -> Reading | None:
+    def _look(
+        self, request: Request, name: str, take: Take, token: str = "", *, plain: bool = False, near: bool = True
+    ) -> Reading | None:
         if not token:
-            return self._reader.look_one(request.key, name, request.tags, take, plain=plain)
-        readings = self._reader.look([request.key], [name], request.tags, take, token)
+            return self._reader.look_one(request.key, name, request.tags, take, plain=plain, near=near)
+        readings = self._reader.look([request.key], [name], request.tags, take, token, near=near)
         return readings[0] if readings else None
 
     def _outcome(self, reading: Reading, policy: Policy) -> tuple[Freshness, Any]:

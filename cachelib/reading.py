@@ -115,12 +115,19 @@ class Reader:
             return None
 
     def look(
-        self, keys: Sequence[str], names: Sequence[str], tags: Sequence[str], take: Take, token: str = ""
+        self,
+        keys: Sequence[str],
+        names: Sequence[str],
+        tags: Sequence[str],
+        take: Take,
+        token: str = "",
+        *,
+        near: bool = True,
     ) -> list[Reading] | None:
         """What is stored, taking leases as asked. None when Redis does not answer."""
         new = "" if token else self._store.next_token()
         ask = partial(self._store.look, names, tags, take, token or new)
-        return self._readings(keys, names, ask, "get_or_set", token=new)
+        return self._readings(keys, names, ask, "get_or_set", near=near, token=new)
 
     def read_one(self, key: str, *, plain: bool) -> Reading | None:
         """As ``read``, for one key. ``plain``: the value is wanted as the format has it."""
@@ -140,10 +147,12 @@ class Reader:
             self.degraded("get", error)
             return None
 
-    def look_one(self, key: str, name: str, tags: Sequence[str], take: Take, *, plain: bool) -> Reading | None:
+    def look_one(
+        self, key: str, name: str, tags: Sequence[str], take: Take, *, plain: bool, near: bool = True
+    ) -> Reading | None:
         """As ``look``, for one key. ``plain``: the value is wanted as the format has it."""
         if self._near is not None or self._store.split:
-            readings = self.look([key], [name], tags, take)
+            readings = self.look([key], [name], tags, take, near=near)
             return readings[0] if readings else None
         unsent = self._remembered.seen()
         token = self._store.next_token()
@@ -189,6 +198,8 @@ class Reader:
             packed = entries.packed_value(entry.body)
             value = self._codec.unpack(entry.body.how, packed, reading.name, type)
         except Undecodable as error:
+            if self._near is not None:
+                self._near.abandon(reading.key, reading.marker)
             self.undecodable(reading.key, error)
             raise
         if self._near is not None and reading.marker is not None:

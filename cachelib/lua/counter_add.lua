@@ -20,7 +20,9 @@ local entry = text_of(key)
 local left_ms = entry and redis.call("PTTL", key) or -1
 if entry and string.sub(entry, 1, 1) == "\193" then
     local carried = string.sub(entry, 31, 30 + #versions)
-    if carried ~= versions or string.sub(entry, 2, 2) == "x" then -- of before the namespace was cleared; an exception
+    if tag_count == 0 and #carried == #versions and carried > versions then -- it was cleared, and counted on, since the caller asked for the version
+        versions = carried
+    elseif carried ~= versions or string.sub(entry, 2, 2) == "x" then -- of before it was cleared; or an exception
         entry, left_ms = false, -1
     end
 end

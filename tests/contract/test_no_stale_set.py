@@ -617,7 +617,7 @@ def test_what_was_invalidated_while_redis_hung_is_not_served_here_and_later_nowh
     assert "old" not in seen
 
 
-def away(*_):
+def away(*_, **__):
     """Tells Redis of nothing."""
     raise RedisConnectionError("Redis is away")
 

@@ -280,7 +280,7 @@ def test_a_server_that_is_restarted_from_a_snapshot_repeats_nothing(
     own_server: Callable[..., EmbeddedServer], tmp_path: Path, name: str, sink: SqlSink
 ) -> None:
     """Trimmed entries are there again, under another run; what was put since is written, what was not applied too."""
-    first = own_server("--dir", str(tmp_path))
+    first = own_server("--dir", str(tmp_path), "--dbfilename", "dump.rdb")
     with connect(first.url) as redis:
         buffer = Buffer(redis, name, partitions=1)
         put(buffer, sink, 1, 2)
@@ -290,7 +290,7 @@ def test_a_server_that_is_restarted_from_a_snapshot_repeats_nothing(
         Flusher(buffer, sink).flush(0)
         put(buffer, sink, 5)  # lost with the server: nobody can help that
     first.stop()
-    with connect(own_server("--dir", str(tmp_path)).url) as redis:
+    with connect(own_server("--dir", str(tmp_path), "--dbfilename", "dump.rdb").url) as redis:
         buffer = Buffer(redis, name, partitions=1)
         assert buffer.lengths() == [2]
         put(buffer, sink, 6)
@@ -304,7 +304,7 @@ def test_a_server_that_is_restarted_in_the_middle_of_a_flush_repeats_and_loses_n
     own_server: Callable[..., EmbeddedServer], tmp_path: Path, name: str, engine: sa.Engine, log: sa.Table
 ) -> None:
     """The commit happened, the trim finds nobody; the next flush drops what is applied."""
-    first = own_server("--dir", str(tmp_path))
+    first = own_server("--dir", str(tmp_path), "--dbfilename", "dump.rdb")
     sink = Between(engine, log, mode="append")
     with connect(first.url) as redis:
         buffer = Buffer(redis, name, partitions=1)
@@ -313,7 +313,7 @@ def test_a_server_that_is_restarted_in_the_middle_of_a_flush_repeats_and_loses_n
         sink.happens = first.stop
         with pytest.raises((RedisConnectionError, OSError)):
             Flusher(buffer, sink).flush(0)
-    with connect(own_server("--dir", str(tmp_path)).url) as redis:
+    with connect(own_server("--dir", str(tmp_path), "--dbfilename", "dump.rdb").url) as redis:
         buffer = Buffer(redis, name, partitions=1)
         put(buffer, sink, 3)
         Flusher(buffer, sink).flush(0)

@@ -85,7 +85,7 @@ def test_a_call_that_raises_makes_room_again():
 
 
 def test_a_thread_that_cannot_be_started_makes_room_again(monkeypatch):
-    """The system may have no more of them; whoever asked hears of it."""
+    """The system may have no more of them: that is as if too many were running."""
     background = Background(1)
 
     def refuse(thread):
@@ -94,8 +94,7 @@ def test_a_thread_that_cannot_be_started_makes_room_again(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
         for _ in range(3):
-            with pytest.raises(RuntimeError, match="can't start new thread"):
-                background.start(int)
+            assert background.start(int) is None
     job = background.start(int)
     assert job is not None
     assert job.wait(LONG_S)

@@ -346,9 +346,3 @@ def test_jitter_spreads():
     assert entry.jittered(1_000, 0.0) == 1_000
     assert entry.jittered(1_000, 0.5) == 950
     assert entry.jittered(1_000, 0.99) == 901
-
-
-def test_tags_that_were_not_asked_for_are_named():
-    """An entry may carry other tags than its reader expects."""
-    assert entry.missing_tags({"": b"", "a": b""}, opened(tags=["a", "b"])) == ["b"]
-    assert entry.missing_tags({"a": b""}, entry.decode(head() + b"7")) == []
