@@ -322,6 +322,15 @@ def test_a_full_server_still_forgets_keys_and_is_told_of_tags_later(filled):
     assert other.get("tagged") is None
 
 
+def test_tags_that_a_full_server_refuses_hold_up_no_pattern(filled):
+    cache, other, fill = filled
+    cache.set_many({"page:1": 1, "k": 2})
+    fill()
+    cache.invalidate(tags=["t"], matching="page:*")
+    assert cache.stats().unsent > 0
+    assert other.get_many(["page:1", "k"]) == {"k": 2}
+
+
 def test_one_part_that_is_refused_holds_up_no_other(filled):
     cache, other, fill = filled
     cache.set_many({"a": 1, "b": 2, "page:1": 3, "expiring": 4}, stale=LONG_S)
