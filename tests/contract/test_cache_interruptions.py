@@ -242,8 +242,8 @@ def many(keys, cache, value, **options):
 
 @pytest.mark.parametrize(
     ("ask", "options"),
-    [(one, {}), (one, {"hard_timeout": LONG_S}), (one, {"tags": ["t"]}), (many, {}), (many, {"tags": ["t"]})],
-    ids=["get_or_set", "with-hard_timeout", "with-tags", "get_or_set_many", "many-with-tags"],
+    [(one, {}), (one, {"hard_timeout": LONG_S}), (one, {"tags": ["t"]}), (many, {})],
+    ids=["get_or_set", "with-hard_timeout", "with-tags", "get_or_set_many"],
 )
 def test_a_signal_at_any_point_of_a_miss_delays_the_next_by_one_lease_at_most(redis, name, ask, options):
     cache = Cache(redis, namespace=name, lease=0.3)

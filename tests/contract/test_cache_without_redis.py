@@ -13,6 +13,7 @@ import pytest
 
 from petiole.cachelib import MISS, Cache, Settings, connect
 from petiole.cachelib.connections import BLOCKING, COORDINATION, WAITING, Profile
+from petiole.cachelib.entry_store import EntryStore
 from petiole.cachelib.errors import ServerUnavailable
 from petiole.cachelib.remembered import Remembered, Unsent
 
@@ -390,3 +391,22 @@ def test_what_must_have_happened_has_a_timeout_too():
     assert 0 < COORDINATION.connect_s < 10
     assert 0 < WAITING.answer_s < 10
     assert 0 < BLOCKING.connect_s < 10
+
+
+def test_an_invalidation_waits_no_longer_than_a_read(redis, cache, monkeypatch):
+    """It is sent as reads are, which a circuit breaker guards; only a strict one is patient."""
+    clients = []
+    for name in ("delete", "drop", "expire"):
+        sends = getattr(EntryStore, name)
+
+        def sent(store, what, client, sends=sends):
+            clients.append(client)
+            return sends(store, what, client)
+
+        monkeypatch.setattr(EntryStore, name, sent)
+    cache.delete("k")
+    cache.invalidate(tags=["t"])
+    cache.expire("k")
+    assert clients == [redis.cache] * 3
+    cache.delete("k", strict=True)
+    assert clients[3:] == [redis.coordination]
