@@ -643,9 +643,10 @@ class Cache:
         return True
 
     def _get_from_redis(self, keys: Sequence[str], type: Any) -> dict[str, Any]:
-        readings = self._reader.read(keys, plain=type is Any)
-        found: dict[str, Any] = {}
-        for reading in readings or ():
+        found, others = self._reader.read_many(keys, plain=type is Any)
+        if found:
+            self._counters.add("hits", len(found))
+        for reading in others:
             if reading.freshness is Freshness.GONE or reading.raised:
                 continue
             try:

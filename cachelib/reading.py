@@ -79,40 +79,47 @@ class Reader:
         self._keeper = keeper
         self._strict = strict
 
-    def read(
-        self, keys: Sequence[str], tags: Sequence[str] = (), *, near: bool = True, plain: bool = False
-    ) -> list[Reading] | None:
+    def read(self, keys: Sequence[str], tags: Sequence[str] = (), *, near: bool = True) -> list[Reading] | None:
         """What is stored, without taking leases. None when Redis does not answer.
 
         Arguments:
             near: whether the values will be asked for, so that the near cache may keep them.
-            plain: whether they are wanted as the format has them.
         """
         names = [self._keys.entry(key) for key in keys]
-        if not plain or tags or self._near is not None or self._remembered.any:
-            return self._readings(keys, names, lambda: self._store.read(names, tags), "get", near=near)
+        return self._readings(keys, names, lambda: self._store.read(names, tags), "get", near=near)
+
+    def read_many(self, keys: Sequence[str], *, plain: bool) -> tuple[dict[str, Any], Sequence[Reading]]:
+        """As ``read``: the values of what is as simple as it mostly is, and what is stored otherwise.
+
+        Arguments:
+            plain: the values are wanted as the format has them.
+        """
+        if not plain or self._near is not None or self._remembered.any:
+            return {}, self.read(keys) or ()
+        names = [self._keys.entry(key) for key in keys]
+        found: dict[str, Any] = {}
+        unsure: list[int] = []
         try:
             looks = self._store.read(names)
             whole = (looks[0].versions[entries.WHOLE],)
-            readings: list[Reading] = []
-            unsure: list[int] = []
-            for i, (stored, left_ms, *_) in enumerate(looks):
-                value = entries.UNSURE if stored is None else entries.fresh_value(stored, left_ms, whole, ())
+            for i, look in enumerate(looks):
+                if look.stored is None:
+                    continue
+                value = entries.fresh_value(look.stored, look.left_ms, whole, ())
                 if value is entries.UNSURE:
                     unsure.append(i)
-                readings.append(Reading(keys[i], names[i], Freshness.FRESH, None, _SEEN, None, value))
-            if self._remembered.any:
-                unsure = list(range(len(looks)))
-            if unsure:
-                judged = self._judged(
-                    [keys[i] for i in unsure], [names[i] for i in unsure], [looks[i] for i in unsure], None
-                )
-                for i, reading in zip(unsure, judged, strict=True):
-                    readings[i] = reading
-            return readings
+                else:
+                    found[keys[i]] = value
+            if self._remembered.any:  # since we looked
+                found, unsure = {}, list(range(len(looks)))
+            if not unsure:
+                return found, ()
+            return found, self._judged(
+                [keys[i] for i in unsure], [names[i] for i in unsure], [looks[i] for i in unsure], None
+            )
         except UNAVAILABLE as error:
             self.degraded("get", error)
-            return None
+            return {}, ()
 
     def look(
         self,
