@@ -70,6 +70,7 @@ class Remembered:
         self._unsent = Unsent()
         self._sending = Unsent()
         self._sender = Lock()
+        self._all_sent = Event()
         self._thread: Thread | None = None
         self._lock = Lock()
         self.any = False
@@ -92,6 +93,7 @@ class Remembered:
         """Remember, and keep trying."""
         with self._lock:
             first = not self.any
+            self._all_sent.clear()
             self._unsent.add(unsent)
             self.any = True
             if self._thread is None:
@@ -116,6 +118,8 @@ class Remembered:
             with self._lock:
                 self._sending = Unsent()
                 self.any = bool(self._unsent)
+                if not self.any:
+                    self._all_sent.set()  # the thread need not wait for its next try
                 return not self.any
 
     def seen(self) -> Unsent | None:
@@ -130,7 +134,7 @@ class Remembered:
 
     def renew_after_fork(self) -> None:
         """What the parent remembers, the parent sends."""
-        self._lock, self._sender = Lock(), Lock()
+        self._lock, self._sender, self._all_sent = Lock(), Lock(), Event()
         self._unsent, self._sending, self._thread, self.any = Unsent(), Unsent(), None, False
 
     def at_exit(self) -> None:
@@ -141,9 +145,9 @@ class Remembered:
         self._say_what_is_lost()
 
     def _run(self) -> None:
-        pause, pause_s = Event(), _FIRST_PAUSE_S
+        pause_s, all_sent = _FIRST_PAUSE_S, self._all_sent
         while not self._redis.closed:
-            pause.wait(pause_s)
+            all_sent.wait(pause_s)
             try:
                 self.send()
             except (*UNAVAILABLE, RuntimeError):  # RuntimeError: closed between the two lines
