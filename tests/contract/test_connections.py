@@ -137,7 +137,7 @@ def test_nothing_is_sent_before_the_first_command(own_server):
 
         assert len(clients) == 3
         assert watch.coordination.info("stats")["total_connections_received"] == before
-        redis.cache.ping()
+        redis.coordination.ping()
         assert watch.coordination.info("stats")["total_connections_received"] == before + 1
 
 
@@ -169,7 +169,7 @@ def test_a_closed_server_is_not_reached_again(own_server):
     """Close may be called twice, ends every connection, and what is asked afterwards is told so."""
     server = own_server()
     redis = connect(server.url)
-    redis.cache.ping(), redis.coordination.ping()
+    redis.blocking.ping(), redis.coordination.ping()
     redis.close()
     redis.close()
 

@@ -206,7 +206,7 @@ def test_a_server_that_is_no_cluster_is_told_apart(redis_server):
 def test_one_seed_that_is_there_is_enough(cluster):
     """The others may be gone."""
     with connect(f"redis+cluster://127.0.0.1:1,127.0.0.1:{cluster.nodes[2].port}") as redis:
-        assert redis.cache.ping()
+        assert redis.coordination.ping()
 
 
 # Slots that move

@@ -227,5 +227,5 @@ def test_a_demoted_primary_that_its_sentinels_replaced_is_left(watched):
                 break
             except UNAVAILABLE:
                 refused += 1
-        assert refused == 1
+        assert 1 <= refused <= 2, "one that was refused, and one if the server closed its connections after all"
         assert run(watched.replica.port, "GET", "after") == b"1"
