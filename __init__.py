@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cachelib import MISS, Cache, Codec, Connections, Loaded, Near, Pickle, Settings, cached, connect
     from .cachelib.write_behind import SqlSink
-    from .coordination import Allowed, Limited, RateLimit, RateLimiter
+    from .coordination import Allowed, Busy, Hold, Limited, Lock, RateLimit, RateLimiter, ReadWriteLock, Semaphore
     from .coordination.memoize import memoized_task
     from .coordination.signals import SignalBridge
     from .tasks.invalidation import invalidate_on_commit
@@ -38,10 +38,17 @@ __all__ = [
     "SqlSink",
     "WriteBehind",
     # Coordinating
+    "Busy",
+    "Hold",
+    "Lock",
+    "ReadWriteLock",
+    "Semaphore",
+    # Limiting
     "Allowed",
     "Limited",
     "RateLimit",
     "RateLimiter",
+    # Tasks and signals
     "SignalBridge",
     "memoized_task",
 ]  # fmt: skip
@@ -62,6 +69,11 @@ _HOME = {
     "warmed": ".tasks.warming",
     "SqlSink": ".cachelib.write_behind",
     "WriteBehind": ".tasks.write_behind",
+    "Busy": ".coordination",
+    "Hold": ".coordination",
+    "Lock": ".coordination",
+    "ReadWriteLock": ".coordination",
+    "Semaphore": ".coordination",
     "Allowed": ".coordination",
     "Limited": ".coordination",
     "RateLimit": ".coordination",

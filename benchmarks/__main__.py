@@ -3,10 +3,11 @@
 import argparse
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -14,14 +15,31 @@ from petiole.cachelib import EmbeddedServer
 from petiole.cachelib import __all__ as petiole_names
 
 from . import show
+from .admission import measure_admission
 from .caches import measure_caches
+from .contention import measure_contention
+from .limits import measure_limit_memory, measure_limits
+from .locks import measure_locks
 from .memory import measure_memory
 from .peers import Server
 from .stampede import measure_stampedes
 from .writes import measure_flush, measure_writes
 
-MEASURED = ("redis", "hiredis", "cachelib", "dogpile.cache", "Django", "cashews", "aiocache")
-SECTIONS = ("cache", "memory", "stampede", "writes")
+MEASURED = (
+    "redis",
+    "hiredis",
+    "cachelib",
+    "dogpile.cache",
+    "Django",
+    "cashews",
+    "aiocache",
+    "python-redis-lock",
+    "pottery",
+    "sherlock",
+    "limits",
+    "pyrate-limiter",
+    "throttled-py",
+)
 
 
 def main() -> None:
@@ -31,37 +49,81 @@ def main() -> None:
     parser.add_argument("--plot", default="", help="where a picture goes: a path that ends in .svg, .png or .pdf")
     parser.add_argument("--markdown", default="", help="where the tables go as Markdown")
     options = parser.parse_args()
-    sections = [options.only] if options.only else list(SECTIONS)
     console = Console(highlight=False, width=None if Console().is_terminal else 160)
     tables: list[show.Rows] = []
-    for section in sections:
-        with _server(pinned=section != "stampede") as server:
-            tables += _section(console, section, server, options.plot)
+    for section, parts in SECTIONS.items():
+        if options.only not in ("", section):
+            continue
+        for part in parts:
+            with _server(pinned=part.pinned) as server:
+                tables.append(part.measure(console, server, options.plot))
+            show.print_table(console, tables[-1])
     console.print(_versions())
     if options.markdown:
         texts = [*(show.markdown(rows) for rows in tables), _versions() + "\n"]
         Path(options.markdown).write_text("\n".join(texts), encoding="utf-8")
 
 
-def _section(console: Console, section: str, server: Server, plot: str) -> list[show.Rows]:
-    if section == "cache":
-        found = measure_caches(server)
-        show.print_bars(console, found)
-        rows = show.ratios(found)
-        if plot:
-            show.draw(found, Path(plot))
-            console.print(f"The picture is in {plot}.")
-        if "Near" not in petiole_names:
-            console.print("Petiole's near cache is left out: petiole.cachelib has no Near.")
-    elif section == "memory":
-        rows = show.memory(measure_memory(server))
-    elif section == "stampede":
-        rows = show.crowds(measure_stampedes(server))
-    else:
-        rows = show.ratios(measure_writes(server))
-        rows.append(["flush to SQLite in memory, rows/s", f"{measure_flush(server):,.0f}", "", ""])
-    show.print_table(console, rows)
-    return [rows]
+def _cache(console: Console, server: Server, plot: str) -> show.Rows:
+    found = measure_caches(server)
+    show.print_bars(console, found)
+    if plot:
+        show.draw(found, Path(plot))
+        console.print(f"The picture is in {plot}.")
+    if "Near" not in petiole_names:
+        console.print("Petiole's near cache is left out: petiole.cachelib has no Near.")
+    return show.ratios(found)
+
+
+def _memory(_console: Console, server: Server, _plot: str) -> show.Rows:
+    return show.memory(measure_memory(server))
+
+
+def _stampede(_console: Console, server: Server, _plot: str) -> show.Rows:
+    return show.crowds(measure_stampedes(server))
+
+
+def _writes(_console: Console, server: Server, _plot: str) -> show.Rows:
+    rows = show.ratios(measure_writes(server))
+    rows.append(["flush to SQLite in memory, rows/s", f"{measure_flush(server):,.0f}", "", ""])
+    return rows
+
+
+def _locks(console: Console, server: Server, _plot: str) -> show.Rows:
+    found = measure_locks(server)
+    show.print_bars(console, found)
+    return show.contestants(found)
+
+
+def _contention(_console: Console, server: Server, _plot: str) -> show.Rows:
+    return show.contended(measure_contention(server))
+
+
+def _limits(console: Console, server: Server, _plot: str) -> show.Rows:
+    found = measure_limits(server)
+    show.print_bars(console, found)
+    return show.contestants(found, measure_limit_memory(server))
+
+
+def _admission(_console: Console, server: Server, _plot: str) -> show.Rows:
+    return show.admitted(measure_admission(server))
+
+
+class Part(NamedTuple):
+    """Some of a section: one table."""
+
+    measure: Callable[[Console, Server, str], show.Rows]
+    pinned: bool = True
+
+
+SECTIONS = {
+    "cache": [Part(_cache)],
+    "memory": [Part(_memory)],
+    "stampede": [Part(_stampede, pinned=False)],
+    "writes": [Part(_writes)],
+    "locks": [Part(_locks), Part(_contention, pinned=False)],
+    "limits": [Part(_limits), Part(_admission, pinned=False)],
+}
 
 
 def _versions() -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from .admission import RATE, SECONDS, Admitted
+from .contention import Contended
 from .measure import Measured
 from .memory import Taken
 from .peers import PETIOLE
@@ -15,6 +17,7 @@ from .stampede import LOAD_S, Crowd
 
 _BAR = 36
 _MISSING = "–"  # noqa: RUF001
+_CONTENDED = ["taken/s", "handed over/s", "commands each", "p99 ms", "longest ms", "fairness", "overlaps"]
 
 Rows = list[list[str]]
 
@@ -50,6 +53,54 @@ def memory(found: Sequence[Taken]) -> Rows:
     return [["memory of one entry", "bytes"], *([one.who, f"{one.bytes:,}"] for one in found)]
 
 
+def contestants(found: Sequence[Measured], taken: Sequence[Taken] = ()) -> Rows:
+    """Contestants down, operations across, for few operations and many contestants; and the memory, if there is any."""
+    operations, cells = [*_by_operation(found)], {(one.operation, one.who): one for one in found}
+    bytes_of = {one.who: f"{one.bytes:,}" for one in taken}
+    floors = {name: statistics.median(one.floor_us for one in _by_operation(found)[name]) for name in operations}
+    rows = [["ratio to the floor", *(text for name in operations for text in (name, "µs"))]]
+    for who in _columns(found):
+        rows.append([who])
+        for name in operations:
+            one = cells.get((name, who))
+            rows[-1] += [ratio_text(one.ratio), f"{one.us:,.2f}"] if one else [_MISSING, _MISSING]
+    rows.append(["the floor", *(text for name in operations for text in ("1", f"{floors[name]:,.2f}"))])
+    if taken:
+        rows[0].append("bytes after 1,000 hits")
+        for row in rows[1:]:
+            row.append(bytes_of.get(row[0], _MISSING))
+    return rows
+
+
+def contended(found: Sequence[Contended]) -> Rows:
+    """What a contended lock gave."""
+    rows = [["taken at once by", *_CONTENDED]]
+    for one in found:
+        crowd = f"{one.processes} processes" if one.threads == 1 else f"{one.threads} threads"
+        rows.append(
+            [
+                f"{crowd}: {one.who}",
+                f"{one.taken_per_s:,.0f}",
+                f"{one.hand_offs_per_s:,.0f}",
+                f"{one.commands:.1f}",
+                f"{one.p99_ms:,.1f}",
+                f"{one.longest_ms:,.0f}",
+                f"{one.fairness:.2f}",
+                f"{one.overlaps}",
+            ]
+        )
+    return rows
+
+
+def admitted(found: Sequence[Admitted]) -> Rows:
+    """What a hammered limit let through."""
+    rate, ideal = f"{RATE.calls} calls a second, {SECONDS:.0f} s", f"{RATE.calls * SECONDS / RATE.seconds:.0f}"
+    return [
+        [rate, "decisions/s", f"let through (the rate: {ideal})", "most within 1 s"],
+        *([one.who, f"{one.decisions_per_s:,.0f}", f"{one.admitted:,}", f"{one.most_in_1_s:,}"] for one in found),
+    ]
+
+
 def markdown(rows: Rows) -> str:
     """Rows as a Markdown table."""
     heading, *rest = rows
@@ -73,7 +124,7 @@ def print_bars(console: Console, found: Sequence[Measured]) -> None:
     for operation, group in _by_operation(found).items():
         most = max(one.ratio for one in group)
         table = Table(title=operation, title_justify="left", box=None, pad_edge=False)
-        table.add_column("", width=22)
+        table.add_column("", width=max(22, *(len(one.who) for one in group)))
         table.add_column("ratio", justify="right", width=8)
         table.add_column("half of the rounds", justify="right", width=20)
         table.add_column("µs", justify="right", width=10)
@@ -81,7 +132,7 @@ def print_bars(console: Console, found: Sequence[Measured]) -> None:
         for one in sorted(group, key=lambda one: one.ratio):
             bar = "█" * max(1, round(one.ratio / most * _BAR))
             spread = f"{ratio_text(one.low)} to {ratio_text(one.high)}"
-            style = "bold green" if one.who == PETIOLE else ""
+            style = "bold green" if one.who.startswith(PETIOLE) else ""
             table.add_row(one.who, ratio_text(one.ratio), spread, f"{one.us:,.2f}", bar, style=style)
         console.print(table)
         console.print()
@@ -104,7 +155,7 @@ def draw(found: Sequence[Measured], path: Path) -> None:
         axis.set_visible(False)
     for axis, (operation, group) in zip(axes.flat, groups.items(), strict=False):
         ordered = sorted(group, key=lambda one: one.ratio, reverse=True)
-        colours = ["#2a9d58" if one.who == PETIOLE else "#9aa5b1" for one in ordered]
+        colours = ["#2a9d58" if one.who.startswith(PETIOLE) else "#9aa5b1" for one in ordered]
         axis.barh([one.who for one in ordered], [one.ratio for one in ordered], color=colours)
         axis.errorbar(
             [one.ratio for one in ordered],

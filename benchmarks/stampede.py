@@ -9,8 +9,6 @@ process, the loading one's included. Commands are counted by MONITOR, without th
 import asyncio
 import importlib
 import multiprocessing
-import re
-import socket
 import statistics
 import threading
 import time
@@ -23,6 +21,7 @@ from uuid import uuid4
 from petiole import Cache, connect
 from petiole.cachelib import Settings
 
+from .monitor import Monitor
 from .peers import PETIOLE, Server
 from .workload import SMALL, percentile
 
@@ -125,7 +124,7 @@ def _stampede(server: Server, who: str, processes: int, callers: int) -> Crowd:
             worker.start()
             stack.callback(worker.join)
             stack.callback(worker.terminate)
-        monitor = stack.enter_context(_Monitor(server))
+        monitor = stack.enter_context(Monitor(server))
         commands = []
         for _ in range(WARM_ROUNDS + ROUNDS):
             gate.wait(_GIVE_UP_S)
@@ -231,39 +230,3 @@ async def _tasks(ask: Ask, callers: int, name: str, gate: Any) -> tuple[list[int
 def _check(answer: Any) -> None:
     if answer != SMALL:
         raise RuntimeError(f"a caller of the stampede was given {str(answer)[:80]!r}, not what the loader loads")
-
-
-class _Monitor:
-    """Counts what clients send to the server."""
-
-    _MARK = re.compile(rb'"PING" "petiole-mark-(\d+)"')
-
-    def __init__(self, server: Server) -> None:
-        self._place = (server.host, server.port)
-        self._marks = 0
-
-    def __enter__(self) -> "_Monitor":
-        self._asking = socket.create_connection(self._place)
-        self._hearing = socket.create_connection(self._place).makefile("rwb")
-        self._hearing.write(b"MONITOR\r\n")
-        self._hearing.flush()
-        self._hearing.readline()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hearing.close()
-        self._asking.close()
-
-    def count(self) -> int:
-        """How many commands there were since the last count."""
-        self._marks += 1
-        self._asking.sendall(b"PING petiole-mark-%d\r\n" % self._marks)
-        self._asking.recv(1_024)
-        seen = 0
-        for line in self._hearing:
-            if mark := self._MARK.search(line):
-                if int(mark[1]) == self._marks:
-                    break
-            elif b" lua] " not in line:
-                seen += 1
-        return seen

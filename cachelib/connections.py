@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from threading import Lock
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 from urllib.parse import parse_qsl, urlsplit
+from weakref import WeakSet
 
 import redis
 from redis.backoff import NoBackoff
@@ -35,7 +36,6 @@ from .forks import renew_after_fork
 from .settings import Address, Settings, without_password
 
 _SENTINEL_OPTIONS = {"sentinel_username": "username", "sentinel_password": "password"}
-_EVICTION_SAFE = ("noeviction", "volatile-")
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,13 @@ class Health:
     """What would lose data, in sentences. Empty when all is well."""
 
 
+class Closeable(Protocol):
+    """Something that has a connection of its own."""
+
+    def close(self) -> None:
+        """Close it."""
+
+
 class Connections:
     """A Redis server, as the parts of Petiole reach it. Made by ``connect``; safe to share between threads.
 
@@ -95,6 +102,7 @@ class Connections:
         self._options = _options(self._where, self.address)
         self._server = server
         self._clients: dict[Profile, redis.Redis] = {}
+        self._owned: WeakSet[Closeable] = WeakSet()
         self._lock = Lock()
         self._closed = False
         renew_after_fork(self)
@@ -181,10 +189,10 @@ class Connections:
         valkey = facts.get("valkey_version")
         policies = sorted({str(one.get("maxmemory_policy", "unknown")) for one in all_facts})
         warnings = [
-            f"maxmemory-policy is {policy}: Redis may evict buffers that hold unflushed writes; "
+            f"maxmemory-policy is {policy}: Redis may evict {_at_risk(policy)}; "
             "use noeviction for them, and a server of its own for a cache that is to be evicted"
             for policy in policies
-            if not policy.startswith(_EVICTION_SAFE)
+            if policy != "noeviction"
         ]
         return Health(
             address=self.address,
@@ -193,6 +201,10 @@ class Connections:
             eviction=", ".join(policies),
             warnings=tuple(warnings),
         )
+
+    def own(self, what: "Closeable") -> None:
+        """Have something closed with these connections, if it is still there."""
+        self._owned.add(what)
 
     @property
     def closed(self) -> bool:
@@ -204,6 +216,8 @@ class Connections:
         with self._lock:
             self._closed = True
             clients, self._clients = list(self._clients.values()), {}
+        for owned in list(self._owned):
+            owned.close()
         for client in clients:
             client.close()
         if self._server:
@@ -279,6 +293,14 @@ class _Sentinels(Sentinel):
                 return host.decode() if isinstance(host, bytes) else str(host), int(port)
             failures.append("one does not know the name")
         raise MasterNotFoundError(f"no sentinel names the primary of {service_name!r} ({'; '.join(failures)})")
+
+
+def _at_risk(eviction: str) -> str:
+    """What a policy of eviction may drop that is no cache."""
+    whatever_has_a_ttl = "locks that are held, and limits"
+    return (
+        whatever_has_a_ttl if eviction.startswith("volatile-") else f"buffers of unflushed writes, {whatever_has_a_ttl}"
+    )
 
 
 def _times(profile: Profile) -> dict[str, Any]:

@@ -14,6 +14,7 @@ LONGEST_NAME_BYTES = 1_024  # a key is stored with every entry and sent with eve
 
 _ESCAPED = {ord(c): f"%{ord(c):02X}" for c in "%{}\x7f"} | {code: f"%{code:02X}" for code in range(0x20)}
 _ESCAPED_WITH_COLON = _ESCAPED | {ord(":"): "%3A"}
+_HEX = re.compile("%([0-9A-F]{2})")
 _GLOB_SPECIAL = re.compile(r"([*?\[\]\\^])")
 
 
@@ -47,6 +48,11 @@ def escaped(text: str, what: str = "key") -> str:
 def escaped_name(text: str, what: str = "name") -> str:
     """User text that is followed by more: the colon is escaped too, so that no two names meet."""
     return _checked(text, what).translate(_ESCAPED_WITH_COLON)
+
+
+def unescaped(text: str) -> str:
+    """What ``escaped`` was given."""
+    return _HEX.sub(lambda found: chr(int(found[1], 16)), text)
 
 
 class CacheKeys:

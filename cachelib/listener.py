@@ -25,12 +25,13 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.connection import DefaultParser
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from .connections import UNAVAILABLE, Connections
 from .forks import renew_after_fork
+from .pushes import is_pong as is_pong
+from .pushes import listening_connection
 
 logger = logging.getLogger(__name__)
 
@@ -191,17 +192,7 @@ class Listener:
         connections = self._connections()
         if connections is None:
             raise Lost("the connections are gone")
-        pool = connections.blocking.connection_pool
-        return pool.connection_class(
-            **{
-                **pool.connection_kwargs,
-                "parser_class": _Pushes,
-                "client_name": THREAD_NAME,
-                "socket_timeout": _ANSWER_S,
-                "health_check_interval": 0,  # its PING would take the replies to ours
-                "maint_notifications_config": None,
-            }
-        )
+        return listening_connection(connections.blocking, THREAD_NAME, _ANSWER_S)
 
     def _beats(self, stop: Event, connection: Any) -> Iterator[None]:
         """Listen, and yield after each PONG. Ends when there is something else to listen to, or nothing."""
@@ -301,13 +292,6 @@ class Listener:
 _COMPLAINT = "near caches are off, reads go to Redis: %s is not heard (%s: %s); trying on"
 
 
-class _Pushes(DefaultParser):  # type: ignore[misc, valid-type]  # which of its parsers it is, redis-py decides
-    """redis-py's parser, that returns what the server pushes instead of keeping it for a handler."""
-
-    def handle_push_response(self, response: Any, **_: Any) -> Any:
-        return response
-
-
 def _begin(connection: Any, prefixes: Names) -> None:
     """Connect, and have the server tell about these prefixes on this connection. Raises redis-py's errors.
 
@@ -335,11 +319,6 @@ def _ask(connection: Any, *command: Any) -> Any:
         if not is_invalidation(reply):
             return reply
     raise RedisError(f"{command[0]} was not answered for {_ANSWER_S} s")
-
-
-def is_pong(message: object) -> bool:
-    """Whether this answers a PING: a subscriber of RESP2 gets a list."""
-    return message == b"PONG" or (isinstance(message, list) and message[:1] == [b"pong"])
 
 
 def is_invalidation(message: object) -> bool:

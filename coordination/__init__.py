@@ -1,4 +1,4 @@
-"""Floor 2: agreements between processes. Limiters know no Celery; what faces tasks and signals does.
+"""Floor 2: agreements between processes. Locks and limiters know no Celery; what faces tasks and signals does.
 
 What needs Celery is imported when it is asked for, so that a web process that only limits does without.
 """
@@ -6,8 +6,12 @@ What needs Celery is imported when it is asked for, so that a web process that o
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .hold import Busy, Hold
+from .lock import Lock
 from .rate_limit import Allowed, Decision, Limited, RateLimit
 from .rate_limiter import RateLimiter
+from .read_write_lock import ReadWriteLock
+from .semaphore import Semaphore
 
 if TYPE_CHECKING:
     from .memoize import MemoizedTask, memoized_task
@@ -15,11 +19,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Allowed",
+    "Busy",
     "Decision",
+    "Hold",
     "Limited",
+    "Lock",
     "MemoizedTask",
     "RateLimit",
     "RateLimiter",
+    "ReadWriteLock",
+    "Semaphore",
     "SignalBridge",
     "memoized_task",
 ]

@@ -15,3 +15,121 @@ class LimiterUnavailable(CoordinationError):
             f"limiter {limiter!r} got no answer from Redis at {address} ({type(cause).__name__}: {cause}); "
             'on_error="allow" or "deny" decides without it'
         )
+
+
+class LockError(CoordinationError):
+    """Root of what goes wrong with locks, semaphores and whatever else is held."""
+
+
+class LockTimeout(LockError, TimeoutError):
+    """It was not free within the time that the caller gave it. Nothing is held, and no place in the queue."""
+
+    def __init__(self, what: str, timeout: float) -> None:
+        self.what = what
+        self.timeout = timeout
+        super().__init__(f"{what} was not free within {timeout:g} s; who holds it is told by inspect()")
+
+
+class LockLost(LockError):
+    """The lease ended while it was held: somebody else may hold it by now."""
+
+    def __init__(self, what: str, fence: int, reason: str) -> None:
+        self.what = what
+        self.fence = fence
+        self.reason = reason
+        super().__init__(
+            f"{what} (fence {fence}) was lost: {reason}. What was done since may have been done beside somebody else; "
+            "check the fence where it is written (hold.guard), or undo it"
+        )
+
+
+class LockUnavailable(LockError):
+    """Nobody knows whether it is free, because Redis does not answer. It was not taken."""
+
+    def __init__(self, what: str, address: str, cause: BaseException) -> None:
+        self.what = what
+        self.address = address
+        super().__init__(
+            f"{what} was not taken: Redis at {address} did not answer ({type(cause).__name__}: {cause}). "
+            "Nothing runs without the lock; try again when Redis is back"
+        )
+
+
+class LockReentered(LockError, RuntimeError):
+    """A thread waits for what it holds itself, and would wait for ever."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(f"{what} is held by this very thread, which would wait for itself; make it reentrant=True")
+
+
+class NotReplicated(LockError):
+    """Too few replicas have confirmed the hold. It was given back."""
+
+    def __init__(self, what: str, wanted: int, confirmed: int) -> None:
+        self.what = what
+        self.wanted = wanted
+        self.confirmed = confirmed
+        super().__init__(f"{what}: {confirmed} of {wanted} replicas have confirmed it in time; it was given back")
+
+
+class PermitsExceeded(LockError, ValueError):
+    """More permits were asked for than there are: it could never be granted."""
+
+    def __init__(self, what: str, wanted: int) -> None:
+        self.what = what
+        self.wanted = wanted
+        super().__init__(
+            f"{what} has fewer than {wanted} permits: this could never be granted; ask for less, or resize it"
+        )
+
+
+class StaleFence(LockError):
+    """A later hold has been here: what this one was about to write is out of date. Nothing was written."""
+
+    def __init__(self, what: str, fence: int) -> None:
+        self.what = what
+        self.fence = fence
+        super().__init__(f"{what}: fence {fence} is out of date, a later holder was here; nothing was written")
+
+
+class BarrierError(CoordinationError):
+    """Root of what goes wrong at barriers."""
+
+
+class BarrierTimeout(BarrierError, TimeoutError):
+    """Too few arrived within the time that the caller gave it. The caller does not count any more."""
+
+    def __init__(self, what: str, timeout: float, parties: int) -> None:
+        self.what = what
+        self.timeout = timeout
+        self.parties = parties
+        super().__init__(
+            f"{what}: not all of {parties} parties were there within {timeout:g} s; this one has left, and the others "
+            "wait on"
+        )
+
+
+class BarrierUnavailable(BarrierError):
+    """Nobody knows who has arrived, because Redis does not answer."""
+
+    def __init__(self, what: str, address: str, cause: BaseException) -> None:
+        self.what = what
+        self.address = address
+        super().__init__(
+            f"{what}: Redis at {address} did not answer ({type(cause).__name__}: {cause}). The barrier was not passed; "
+            "wait again when Redis is back"
+        )
+
+
+class PartiesDisagree(BarrierError, ValueError):
+    """Those who wait already wait for another number of parties."""
+
+    def __init__(self, what: str, parties: int, others: int) -> None:
+        self.what = what
+        self.parties = parties
+        self.others = others
+        super().__init__(
+            f"{what}: this process waits for {parties} parties, those who are there wait for {others}; "
+            "give all of them the same number"
+        )

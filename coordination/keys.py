@@ -2,10 +2,86 @@
 
 from collections.abc import Sequence
 
-from ..cachelib.keys import LAYOUT, escaped, escaped_name
+from ..cachelib.keys import LAYOUT, escaped, escaped_name, unescaped
 
 
-def rate(limiter: str, key: str, limits: Sequence[str]) -> list[str]:
-    """The states of one caller under several limits: when each will have been paid off, in microseconds."""
-    name = f"{LAYOUT}:rate:{{{escaped_name(limiter, 'limiter')}:{escaped(key)}}}"
-    return [f"{name}:{limit}" for limit in limits]
+class RateKeys:
+    """The keys of the callers of one limiter: whether a caller is blocked, then the state of each limit."""
+
+    __slots__ = ("_ends", "_prefix")
+
+    def __init__(self, limiter: str, parts: Sequence[str]) -> None:
+        self._prefix = f"{LAYOUT}:rate:{{{escaped_name(limiter, 'limiter')}:"
+        self._ends = [f"}}:{part}".encode() for part in ("block", *parts)]
+
+    def of(self, key: str) -> list[bytes]:
+        """The keys of one caller."""
+        caller = (self._prefix + escaped(key)).encode()
+        return [caller + end for end in self._ends]
+
+
+def rate_part(kind: str, period_us: int, name: str | None) -> str:
+    """What tells the states of a caller's limits apart: kind and period, such as ``g60s``, or kind and name."""
+    if name is not None:
+        return f"{kind}.{escaped_name(name)}"
+    return kind if kind == "c" else f"{kind}{period_us // 1_000_000}s"
+
+
+def flight_namespace(flight: str) -> str:
+    """The namespace of the cache that a single flight keeps its values in."""
+    return f"flight:{flight}"
+
+
+def throttle_limiter(throttle: str) -> str:
+    """The name of the limiter that a throttle asks."""
+    return f"throttle:{throttle}"
+
+
+def debounced(debounce: str, key: str) -> str:
+    """The calls of one debounced key that may still run: a sorted set of claims, by when they are due."""
+    return f"{LAYOUT}:debounce:{{{escaped_name(debounce, 'debounce')}:{escaped(key)}}}"
+
+
+def turn(kind: str, name: str) -> str:
+    """Who holds units of something, and what is known of those who wait: a hash."""
+    return f"{LAYOUT}:turn:{{{escaped_name(kind, 'kind')}:{escaped(name, 'name')}}}"
+
+
+def turns_matching(kind: str, pattern: str) -> str:
+    """A pattern for SCAN that finds the hashes of ``turn``."""
+    return turn(kind, pattern)
+
+
+def turn_name(key: str) -> str:
+    """The name of what such a hash is about."""
+    return unescaped(key[key.index(":", key.index("{")) + 1 : -1])
+
+
+def turn_queue(turn: str) -> str:
+    """Those who wait, in their order: a sorted set of tokens."""
+    return f"{turn}:queue"
+
+
+def granted(process: str) -> str:
+    """The channel on which one process hears that it was granted what it waits for. No key: nothing is stored."""
+    return f"{LAYOUT}:granted:{process}"
+
+
+def barrier(name: str) -> str:
+    """The state of a barrier: for how many it waits, and what is known of each that waits: a hash."""
+    return f"{LAYOUT}:barrier:{{{escaped(name, 'name')}}}"
+
+
+def barrier_arrived(barrier: str) -> str:
+    """Those who wait, in the order in which they came: a sorted set of tokens."""
+    return f"{barrier}:arrived"
+
+
+def barrier_opened(barrier: str) -> str:
+    """Those whom the barrier let pass lately, for who has not heard of it: a sorted set of tokens."""
+    return f"{barrier}:opened"
+
+
+def fenced(store: str, key: str) -> str:
+    """A value that only the latest hold can change, and its fence: a hash."""
+    return f"{LAYOUT}:fenced:{{{escaped_name(store, 'store')}:{escaped(key)}}}"

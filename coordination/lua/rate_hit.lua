@@ -1,39 +1,84 @@
--- Decide one call under several limits (GCRA), and charge it to all of them or to none.
+-- USES: _rate
+-- Ask for one call under several limits, and charge it to all of them or to none.
 --
--- KEYS: states...
--- ARGV: cost, intervals_us..., bursts...
--- RETURNS: {refusing limit, counted from 1, or 0 when admitted, wait_us, remaining, reset_us}, all as text
+-- KEYS: block, states...
+-- ARGV: mode, cost, amount, permit, kinds..., counts..., spans_us..., rests..., parts...
+-- RETURNS: {refusing limit (counted from 1; -1: blocked; 0: none), wait_us, tightest limit, remaining, reset_us, cost that
+-- was charged, and for each limit two numbers: its receipt; in mode peek what remains and reset_us}
 --
--- One script, because between the reading of a state and its change another caller could read it too, and
--- both would take the last call. The clock is the server's. Whole microseconds stay below 2^53, so Lua
--- computes them exactly; "%.0f" keeps all digits when they become text. Nothing is written before every limit
--- has agreed.
+-- mode: hit (now or not at all), take (as hit; and if more than the cost is left, up to amount), reserve (as soon as
+-- all limits admit it, if that is within amount microseconds), peek (what hit would say; nothing is charged), owe (the
+-- cost has been spent already: each limit is charged as soon as it admits it, whatever the others say).
+-- block: until when the caller is blocked, in microseconds.
+--
+-- One script, because between the reading of a state and its change another caller could read it too, and both would
+-- take the last call. The clock is the server's. Nothing is written before every limit has agreed.
 
-local cost, count = tonumber(ARGV[1]), #KEYS
+local mode, cost, amount, permit = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 local time = redis.call("TIME")
 local now = time[1] * 1000000 + time[2]
 
-local tats, refusing, wait, remaining, reset = {}, 0, 0, nil, 0
+local count = #KEYS - 1
+local limits, start, refusing = {}, now, 0
+local blocked = tonumber(redis.call("GET", KEYS[1]) or 0)
+if blocked > now then
+    start, refusing = blocked, -1
+end
 for i = 1, count do
-    local interval, burst = tonumber(ARGV[1 + i]), tonumber(ARGV[1 + count + i])
-    local tat = math.max(tonumber(redis.call("GET", KEYS[i]) or 0), now) + cost * interval
-    tats[i] = tat
-    local ahead = tat - now
-    local this_wait = math.max(0, ahead - burst * interval)
-    if this_wait > wait then
-        refusing, wait = i, this_wait
+    local key = KEYS[i + 1]
+    local limit = rate_limit(key, now, ARGV[4 + i], tonumber(ARGV[4 + count + i]), tonumber(ARGV[4 + 2 * count + i]),
+        tonumber(ARGV[4 + 3 * count + i]), tonumber(ARGV[4 + 4 * count + i]))
+    limits[i] = limit
+    if mode ~= "owe" then
+        local earliest = limit.earliest(cost)
+        if earliest > start then
+            start, refusing = earliest, i
+        end
     end
-    remaining = math.min(remaining or math.huge, math.floor((burst * interval - ahead) / interval))
-    reset = math.max(reset, ahead)
 end
 
-if refusing == 0 then
+if mode == "owe" then
     for i = 1, count do
-        redis.call("SET", KEYS[i], string.format("%.0f", tats[i]), "PX",
-            string.format("%.0f", math.ceil((tats[i] - now) / 1000)))
+        local kind, most, left = ARGV[4 + i], tonumber(ARGV[4 + count + i]), cost
+        while left > 0 and kind ~= "c" do
+            local part = math.min(left, most)
+            local earliest = limits[i].earliest(part)
+            if earliest - now > amount then
+                break
+            end
+            limits[i].charge(part, earliest)
+            left = left - part
+        end
+    end
+    return {}
+end
+
+local wait, reply = start - now, {}
+local tightest, remaining, reset = 0, 0, wait
+if mode == "peek" then
+    for i = 1, count do
+        reply[5 + 2 * i], reply[6 + 2 * i] = limits[i].left()
+    end
+elseif wait == 0 or (mode == "reserve" and wait <= amount) then
+    refusing = 0
+    if mode == "take" then
+        local most = amount
+        for i = 1, count do
+            most = math.min(most, (limits[i].left()))
+        end
+        cost = math.max(cost, most)
+    end
+    for i = 1, count do
+        reply[5 + 2 * i], reply[6 + 2 * i] = limits[i].charge(cost, start, permit)
     end
 end
-return {
-    tostring(refusing), string.format("%.0f", wait),
-    string.format("%.0f", math.max(0, remaining)), string.format("%.0f", reset),
-}
+for i = 1, count do
+    if refusing == i or refusing == 0 then
+        local left, until_paid = limits[i].left()
+        if tightest == 0 or left < remaining then
+            tightest, remaining, reset = i, left, until_paid
+        end
+    end
+end
+reply[1], reply[2], reply[3], reply[4], reply[5], reply[6] = refusing, wait, tightest, remaining, reset, cost
+return reply

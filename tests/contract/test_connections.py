@@ -229,16 +229,23 @@ def test_health_tells_who_answers_and_how_fast(redis_server):
 
 
 @pytest.mark.parametrize(
-    ("policy", "warns"),
-    [("allkeys-lru", True), ("allkeys-random", True), ("volatile-ttl", False), ("noeviction", False)],
+    ("policy", "lost"),
+    [
+        ("allkeys-lru", ["buffers", "locks"]),
+        ("allkeys-random", ["buffers", "locks"]),
+        ("volatile-ttl", ["locks"]),
+        ("noeviction", []),
+    ],
 )
-def test_health_warns_of_a_server_that_evicts_buffers(own_server, policy, warns):
-    """In a sentence that names the policy and what to do."""
+def test_health_warns_of_a_server_that_evicts_what_is_no_cache(own_server, policy, lost):
+    """In a sentence that names the policy, what it may drop, and what to do; all but buffers have a TTL."""
     with connect(own_server("--maxmemory-policy", policy).url) as redis:
         health = redis.health()
 
     assert health.eviction == policy
-    assert [policy in warning and "noeviction" in warning for warning in health.warnings] == [True] * warns
+    assert [policy in warning and "noeviction" in warning for warning in health.warnings] == [True] * bool(lost)
+    for what in ("buffers", "locks"):
+        assert any(what in warning for warning in health.warnings) == (what in lost)
 
 
 def test_health_without_a_server_says_what_was_tried():

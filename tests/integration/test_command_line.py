@@ -1,14 +1,18 @@
-"""The command line: ``petiole health``, and the same through ``celery``."""
+"""The command line: ``petiole health``, ``locks`` and ``force-release``, and the same through ``celery``."""
 
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import pytest
+from local_nodes import eventually
 
-from petiole.cachelib import EmbeddedServer, connect
+from petiole.cachelib import Connections, EmbeddedServer, connect
+from petiole.coordination import Lock, Semaphore
+from petiole.coordination.inspecting import inspect_named
 
 BIN = Path(sys.executable).parent
 PETIOLE = [str(BIN / "petiole"), "health"]
@@ -127,3 +131,50 @@ def test_help_lists_the_commands() -> None:
 
     assert ended.returncode == 0
     assert "health" in ended.stdout
+
+
+def test_locks_lists_who_holds_and_who_waits(redis_server: EmbeddedServer, redis: Connections, name: str) -> None:
+    """By name, a line each, with the owner and the fence; of a pattern only what matches."""
+    with Lock(redis, f"{name}:7", owner="the first") as hold, Lock(redis, "other", owner="somebody"):
+        waiting = Thread(target=lambda: Lock(redis, f"{name}:7", owner="the second").acquire(30).release())
+        waiting.start()
+        eventually(lambda: inspect_named(redis, "lock", f"{name}:7").waiting, "it waits")
+        ended = run([str(BIN / "petiole"), "locks", f"{name}:*"], REDIS_URL=redis_server.url)
+    waiting.join()
+
+    held, waits = ended.stdout.splitlines()
+    assert held.startswith(f"{name}:7: held by the first for ")
+    assert held.endswith(f"fence {hold.fence}")
+    assert waits.startswith(f"{name}:7: 1. in the queue is the second, for ")
+    assert ended.stderr == ""
+
+
+@pytest.mark.parametrize("kind", ["lock", "semaphore"])
+def test_force_release_takes_it_from_who_holds_it(
+    redis_server: EmbeddedServer, redis: Connections, name: str, kind: str
+) -> None:
+    """After a question that a script answers with --yes; whoever comes next holds it, with a higher fence."""
+    held: Lock | Semaphore = Lock(redis, name) if kind == "lock" else Semaphore(redis, name, permits=1)
+    old = held.acquire()
+    command = [str(BIN / "petiole"), "force-release", "--kind", kind, name]
+
+    asked = run(command, REDIS_URL=redis_server.url)
+    assert asked.returncode == 1
+    assert not held.try_acquire()
+
+    done = run([*command, "--yes"], REDIS_URL=redis_server.url)
+    assert done.stdout == f"{name}: taken from 1 that held it\n"
+    new = held.acquire(5)
+    assert new.fence > old.fence
+    assert not old.release()
+    new.release()
+    assert run([*command, "--yes"], REDIS_URL=redis_server.url).stdout == f"{name}: nobody held it\n"
+
+
+@pytest.mark.parametrize("command", [["locks"], ["force-release", "--yes", "x"]])
+def test_locks_of_a_server_that_is_away_end_with_a_line(command: list[str]) -> None:
+    """And not with a traceback."""
+    ended = run([str(BIN / "petiole"), *command], REDIS_URL="redis://127.0.0.1:1/0")
+
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == 1

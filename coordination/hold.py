@@ -1,0 +1,301 @@
+"""What a successful acquire returns: a lease on something, which knows by its own clock when it may be over.
+
+The invariant: ``lost`` is false only while the lease is known to be valid: it was confirmed by the server, and since
+the moment before the confirmed request was sent less time has passed than the lease has (less one hundredth, by which
+two clocks may differ in speed). So a holder that was stopped, starved or cut off finds out without asking anybody. What
+was lost once stays lost.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from threading import get_ident
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from ..cachelib.circuit import UNAVAILABLE
+from ..cachelib.counters import Counters
+from ..cachelib.durations import Duration, milliseconds
+from .errors import LockLost
+
+if TYPE_CHECKING:
+    from .keeper import Keeper
+    from .turn_store import TurnStore
+
+logger = logging.getLogger(__name__)
+
+_CLOCKS_DIFFER = 0.01
+
+
+SHORTEST_LEASE_MS, LONGEST_LEASE_MS = 100, 3_600_000
+
+NOT_OURS = "the server says that its lease is over"
+
+
+def lease_of(ttl: Duration) -> int:
+    """A lease in milliseconds. Raises ``ValueError`` for one that is too short to be renewed, or too long."""
+    lease_ms = milliseconds(ttl, "ttl")
+    if not SHORTEST_LEASE_MS <= lease_ms <= LONGEST_LEASE_MS:
+        raise ValueError(
+            f"ttl={ttl!r}: a lease is from 0.1 s to an hour. It says how soon after a crash others go on; "
+            "while the holder lives it is renewed, however long that is"
+        )
+    return lease_ms
+
+
+def valid_for_s(lease_ms: float) -> float:
+    """How long a lease may be relied on, from the moment before it was asked for."""
+    return lease_ms * (1 - _CLOCKS_DIFFER) / 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """It is not free. False as a condition."""
+
+    retry_after: float
+    """Seconds until the first lease runs out, if its holder is dead; a living one may keep it longer, or give it back
+    at any moment."""
+    ahead: int
+    """How many wait."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How long something is held, and how it is kept."""
+
+    lease_ms: int
+    renew: bool = True
+    max_hold_ms: int | None = None
+
+
+class Hold:
+    """A lease on a lock, or on permits of a semaphore. Made by ``acquire``; true as a condition.
+
+    >>> with Lock(redis, "invoice:42") as hold:
+    ...     charge(fence=hold.fence)
+    ...     hold.raise_if_lost()
+
+    Promises: while ``lost`` is false, the lease was valid when it was asked (see the module); ``fence`` is above that
+    of every earlier hold of the same lock. ``release`` frees nothing that somebody else holds, however late it comes.
+
+    Non-promises: between a look at ``lost`` and the next line time may pass, any amount of it. What must never be done
+    twice is checked where it is written, by the fence: ``guard``, ``FencedStore``.
+    """
+
+    def __init__(
+        self,
+        store: "TurnStore",
+        keeper: "Keeper",
+        what: str,
+        token: str,
+        fence: int,
+        deadline: float,
+        terms: Terms,
+        counters: Counters,
+        units: int = 1,
+    ) -> None:
+        self.what = what
+        """What is held, for people: such as ``lock 'invoice:42'``."""
+        self.token = token
+        """Tells this hold from all others."""
+        self.fence = fence
+        """A number above that of every earlier hold of the same thing."""
+        self.units = units
+        """How many permits."""
+        self.thread = get_ident()
+        self.began = time.monotonic()
+        self.renewal_due = 0.0
+        self.store = store
+        self._keeper = keeper
+        self._terms = terms
+        self._counters = counters
+        self._deadline = deadline
+        self._reason: str | None = None
+        self._released = False
+        self._entered = 1
+        self._callbacks: list[Callable[[Hold], None]] = []
+        self._plan_renewal(self.began, terms.lease_ms)
+        keeper.keep(self)
+
+    def __repr__(self) -> str:
+        state = "lost" if self._reason else "released" if self._released else f"{self.remaining:.1f} s"
+        return f"<Hold {self.what} fence={self.fence} [{state}]>"
+
+    def __bool__(self) -> bool:
+        return True
+
+    @property
+    def deadline(self) -> float:
+        """Until when it is held for certain, by ``time.monotonic()``; each renewal moves it."""
+        return self._deadline
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the deadline; 0 when it is not held any more."""
+        return 0.0 if self.lost or self._released else max(0.0, self._deadline - time.monotonic())
+
+    @property
+    def lost(self) -> bool:
+        """Whether somebody else may hold it by now. Asks nobody but the clock. Not of one that was released."""
+        if self._reason is None and not self._released and time.monotonic() >= self._deadline:
+            self.lose("no renewal was confirmed in time")
+        return self._reason is not None
+
+    @property
+    def held(self) -> bool:
+        """Whether it is held: neither lost nor released."""
+        return not self._released and not self.lost
+
+    def raise_if_lost(self) -> None:
+        """Raise ``LockLost`` when somebody else may hold it by now. Costs no round trip."""
+        if self.lost:
+            raise LockLost(self.what, self.fence, self._reason or "")
+
+    def on_lost(self, callback: Callable[["Hold"], None]) -> None:
+        """Have a function called with this hold, once, when it is lost; in a thread of its own.
+
+        At once where it is lost already. Not called when it is released. What it raises is logged.
+        """
+        self._callbacks.append(callback)
+        if self._reason is not None:
+            self._call_back()
+
+    def extend(self, ttl: Duration | None = None) -> None:
+        """Begin the lease anew, now; with one that is renewed by itself there is no need.
+
+        Arguments:
+            ttl: how long from now. Default: the lease it was acquired with.
+
+        Raises ``LockLost`` when it is not held any more, and ``LockUnavailable`` when Redis does not answer.
+        """
+        lease_ms = self._terms.lease_ms if ttl is None else lease_of(ttl)
+        self.raise_if_not_held()
+        self._keeper.extend(self, lease_ms)
+        self.raise_if_not_held()
+
+    def release(self) -> bool:
+        """Give it back. May be repeated, and never raises because Redis is away.
+
+        Returns whether it was held until now; false when it was lost, or released before. Where Redis does not answer
+        it is given back as soon as it does, or ends with its lease.
+        """
+        if self._released:
+            return False
+        if self._entered > 1 and not self.lost:
+            self._entered -= 1
+            return True
+        was_valid = not self.lost
+        held_us = int((time.monotonic() - self.began) * 1_000_000)
+        self._counters.add("hold_us", held_us)
+        if not self._keeper.let_go(self):
+            self._released = True
+            self._counters.add("overages")
+            return False
+        self._released = True
+        try:
+            return self.store.give(self.token)
+        except (*UNAVAILABLE, RuntimeError) as error:  # RuntimeError: the connections were closed
+            logger.debug("%s is given back later: %s", self.what, error)
+            self._keeper.give_back(self.store, self.token, self._terms.lease_ms)
+            return was_valid
+        except BaseException:
+            self._keeper.give_back(self.store, self.token, self._terms.lease_ms)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Release it. Raises ``LockLost`` when it was lost meanwhile and nothing else is being raised."""
+        if not self.release() and error is None and self._reason is not None:
+            raise LockLost(self.what, self.fence, self._reason)
+
+    def guard(self, connection: Any) -> None:
+        """See to it, at the beginning of a SQL transaction, that no later hold has written before it.
+
+        >>> with engine.begin() as connection:
+        ...     hold.guard(connection)
+        ...     connection.execute(update(invoices).values(paid=True))
+
+        Arguments:
+            connection: SQLAlchemy's, in a transaction; or a session.
+
+        Promise: of two transactions that are guarded by holds of one lock, that of the earlier hold does not commit
+        after that of the later one. See ``fencing.py``, also for columns of your own and for Redis.
+
+        Raises ``StaleFence`` when a later hold was here.
+        """
+        from .fencing import guard
+
+        guard(connection, self.store.name, self.fence)
+
+    # What follows is for the modules beside this one.
+
+    def reenter(self) -> Self:
+        """The same thread has acquired it once more."""
+        self._entered += 1
+        return self
+
+    def raise_if_not_held(self) -> None:
+        """Raise ``LockLost`` when it was lost or given back."""
+        self.raise_if_lost()
+        if self._released:
+            raise LockLost(self.what, self.fence, "it was given back")
+
+    def _plan_renewal(self, now: float, lease_ms: int) -> None:
+        """When it is to be renewed next: after a third of its lease; never, if it is not."""
+        self.renewal_due = now + lease_ms / 3_000 if self._terms.renew else self._deadline
+
+    def postpone_renewal(self, now: float) -> None:
+        """A renewal was not answered."""
+        self.renewal_due = min(now + max(0.02, self._terms.lease_ms / 20_000), self._deadline)
+
+    def next_lease_ms(self, now: float) -> int:
+        """For how long it is to be renewed at this moment; 0 when it is not."""
+        if not self._terms.renew:
+            return 0
+        if self._terms.max_hold_ms is None:
+            return self._terms.lease_ms
+        return max(0, min(self._terms.lease_ms, int(self._terms.max_hold_ms - (now - self.began) * 1_000)))
+
+    @property
+    def full_lease_ms(self) -> int:
+        """The lease it was acquired with."""
+        return self._terms.lease_ms
+
+    def renewed(self, deadline: float, now: float, lease_ms: int) -> None:
+        """The server has confirmed it until then."""
+        self._deadline = deadline
+        self._plan_renewal(now, lease_ms)
+
+    def lose(self, reason: str) -> None:
+        """It is not held any more, and was not released."""
+        if self._keeper.let_go(self):
+            at_most = self._terms.max_hold_ms
+            if at_most is not None and (time.monotonic() - self.began) * 1_000 >= at_most * 0.9:
+                reason = f"it was held for max_hold ({at_most / 1_000:g} s)"
+            self._reason = reason
+            self._counters.add("losses")
+            logger.warning("%s (fence %d) was lost: %s", self.what, self.fence, reason)
+            self._keeper.give_back(self.store, self.token, self._terms.lease_ms)
+            self._call_back()
+
+    def forked(self) -> None:
+        """This is a child's copy: the parent holds it."""
+        self._reason = "this process was forked; its parent holds it"
+        self._callbacks = []
+
+    def _call_back(self) -> None:
+        while self._callbacks:
+            try:
+                callback = self._callbacks.pop(0)
+            except IndexError:  # another thread was first
+                return
+            self._keeper.calling_back.start(partial(callback, self))

@@ -1,0 +1,243 @@
+"""Keeps what this process holds: one thread renews the leases of all locks, in batches, and sees which are lost.
+
+A renewal is due when a third of the lease has passed, so two may fail. A hold whose deadline has come is lost before it
+is renewed, never after: what somebody else may have held meanwhile is not ours again. What cannot be given back because
+Redis is away, and what may have been granted to somebody who has left, is given back from here.
+
+The thread begins with the first hold and ends when there has been none for a while. Taking and giving back a lock
+within a third of its lease wakes nobody.
+"""
+
+import logging
+import math
+import time
+from itertools import groupby
+from threading import Event, Lock, Thread
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+from ..cachelib.circuit import UNAVAILABLE
+from ..cachelib.connections import Connections
+from ..cachelib.forks import renew_after_fork
+from .calling_back import CallingBack
+from .errors import LockUnavailable
+from .hold import NOT_OURS, Hold, valid_for_s
+from .turn_store import TurnStore, renew
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 100
+_IDLE_ROUNDS = 10
+_TRY_AGAIN_S = 0.05
+_GIVE_AGAIN_S = 0.5
+_LONGEST_PAUSE_S = 5.0
+
+
+class _Orphan(NamedTuple):
+    """What nobody holds, and the server may think that somebody does."""
+
+    store: TurnStore
+    until: float
+    """When its lease has run out by itself."""
+    repeatedly: bool
+    """Whether a request may still be on its way that would take it."""
+    due: float = 0.0
+
+
+class Keeper:
+    """Renews, and gives back, for one server."""
+
+    def __init__(self, redis: Connections) -> None:
+        self._redis = ref(redis)
+        self._address = redis.address
+        self._holds: dict[str, Hold] = {}  # by token; whoever takes one out decides how it ended
+        self._orphans: dict[str, _Orphan] = {}
+        self._thread: Thread | None = None
+        self._wakes_at = math.inf
+        self._pause_s = _LONGEST_PAUSE_S
+        self._wake = Event()
+        self._lock = Lock()
+        self.calling_back = CallingBack()
+        """Of those who want to know that something was lost."""
+        redis.own(self)
+        renew_after_fork(self)
+
+    def __repr__(self) -> str:
+        return f"<Keeper {self._address} [{len(self._holds)} held]>"
+
+    def renew_after_fork(self) -> None:
+        """What the parent holds, the parent holds: a child has none of it."""
+        self._lock, self._wake = Lock(), Event()
+        self._thread, self._wakes_at = None, math.inf
+        holds, self._holds, self._orphans = self._holds, {}, {}
+        for hold in holds.values():
+            hold.forked()
+
+    def keep(self, hold: Hold) -> None:
+        """Renew a hold, and see when it is lost."""
+        self._holds[hold.token] = hold
+        if hold.renewal_due < self._wakes_at:
+            self._have_thread()
+
+    def let_go(self, hold: Hold) -> bool:
+        """Keep it no more. Whether it was kept: of several that ask, one is told so."""
+        return self._holds.pop(hold.token, None) is not None
+
+    def held_by(self, store: TurnStore, thread: int) -> bool:
+        """Whether a thread of this process holds this very thing."""
+        return any(hold.store.name == store.name and hold.thread == thread for hold in list(self._holds.values()))
+
+    def give_back(self, store: TurnStore, token: str, lease_ms: int, *, repeatedly: bool = False) -> None:
+        """Give back what a token may hold, or its place in the queue, as soon as the server answers.
+
+        Arguments:
+            repeatedly: until its lease would be over: a request that takes it may still be on its way to a server
+                that hangs.
+        """
+        self._orphans[token] = _Orphan(store, time.monotonic() + lease_ms / 1_000, repeatedly)
+        self._have_thread()
+
+    def close(self) -> None:
+        """The connections are closed: nothing can be renewed any more."""
+        self._orphans.clear()
+        for hold in list(self._holds.values()):
+            hold.lose("its connections were closed")
+        self._wake.set()
+
+    def extend(self, hold: Hold, lease_ms: int) -> None:
+        """Renew one hold at once, perhaps for longer."""
+        redis = self._redis()
+        if redis is None:
+            raise RuntimeError("the connections are gone")
+        sent = time.monotonic()
+        try:
+            (held,) = renew(redis, [(hold.store.name, hold.token, lease_ms)])
+        except UNAVAILABLE as error:
+            raise LockUnavailable(hold.what, redis.address, error) from error
+        self._answered(hold, held, sent, lease_ms)
+        if hold.renewal_due < self._wakes_at:
+            self._have_thread()
+
+    def _have_thread(self) -> None:
+        redis = self._redis()
+        if redis is None or redis.closed:
+            return
+        with self._lock:
+            self._wake.set()
+            if self._thread is not None:
+                return
+            thread = Thread(target=self._run, args=(self._wake,), name="petiole-keeper", daemon=True)
+            try:
+                thread.start()
+                self._thread = thread
+            except RuntimeError as error:  # the system has none for us: what is held ends with its lease
+                logger.warning("no thread to renew leases with: %s", error)
+
+    def _run(self, wake: Event) -> None:
+        idle = 0
+        while True:
+            self._wakes_at = math.inf  # whoever comes from here on wakes us; all others are seen below
+            wake_at = self._next_due()
+            idle = 0 if self._holds or self._orphans else idle + 1
+            if idle > _IDLE_ROUNDS and self._is_over():
+                return
+            self._wakes_at = wake_at
+            wake.wait(max(0.0, wake_at - time.monotonic()))
+            wake.clear()
+            redis = self._redis()
+            if redis is None or redis.closed:
+                break
+            self._give_orphans_back()
+            self._renew_due(redis)
+            del redis
+        self.close()
+        with self._lock:
+            self._thread, self._wakes_at = None, math.inf
+
+    def _is_over(self) -> bool:
+        """Whether the thread may end. Under the lock under which another would see that there is one."""
+        with self._lock:
+            if self._holds or self._orphans:
+                return False
+            self._thread = None
+            return True
+
+    def _next_due(self) -> float:
+        now = time.monotonic()
+        holds = list(self._holds.values())
+        if holds:
+            self._pause_s = min(_LONGEST_PAUSE_S, *(hold.full_lease_ms / 3_000 for hold in holds))
+        due = [min(hold.renewal_due, hold.deadline) for hold in holds]
+        due += [orphan.due for orphan in list(self._orphans.values())]
+        return min([*due, now + self._pause_s])
+
+    def _give_orphans_back(self) -> None:
+        now = time.monotonic()
+        for token, orphan in list(self._orphans.items()):
+            if orphan.due > now:
+                continue
+            try:
+                orphan.store.give(token)
+                again_s = _GIVE_AGAIN_S if orphan.repeatedly else math.inf
+            except (*UNAVAILABLE, RuntimeError) as error:  # RuntimeError: closed meanwhile
+                logger.debug("%s was not given back: %s", orphan.store.name, error)
+                again_s = _TRY_AGAIN_S
+            if now + again_s < orphan.until:
+                self._orphans[token] = orphan._replace(due=now + again_s)
+            else:
+                self._orphans.pop(token, None)
+
+    def _renew_due(self, redis: Connections) -> None:
+        now = time.monotonic()
+        due: list[tuple[Hold, int]] = []
+        for hold in list(self._holds.values()):
+            if hold.lost:  # which says so, and to whom it concerns
+                continue
+            if hold.renewal_due <= now + hold.full_lease_ms / 30_000:  # with those that are nearly due
+                lease_ms = hold.next_lease_ms(now)
+                if lease_ms:
+                    due.append((hold, lease_ms))
+                else:
+                    hold.renewal_due = hold.deadline
+        for batch in _batches(redis, due):
+            self._renew(redis, batch)
+
+    def _renew(self, redis: Connections, batch: "Sequence[tuple[Hold, int]]") -> None:
+        sent = time.monotonic()
+        try:
+            answers = renew(redis, [(hold.store.name, hold.token, lease_ms) for hold, lease_ms in batch])
+        except (*UNAVAILABLE, RuntimeError) as error:
+            logger.warning("%s and %d more were not renewed: %s", batch[0][0].what, len(batch) - 1, error)
+            for hold, _ in batch:
+                hold.postpone_renewal(time.monotonic())
+            return
+        for (hold, lease_ms), held in zip(batch, answers, strict=True):
+            self._answered(hold, held, sent, lease_ms)
+
+    def _answered(self, hold: Hold, held: bool, sent: float, lease_ms: int) -> None:
+        if hold.token not in self._holds:
+            return  # released or lost meanwhile
+        if not held:
+            hold.lose(NOT_OURS)
+        elif not hold.lost:
+            hold.renewed(sent + valid_for_s(lease_ms), time.monotonic(), lease_ms)
+
+
+def _batches(redis: Connections, due: "Sequence[tuple[Hold, int]]") -> "Iterator[Sequence[tuple[Hold, int]]]":
+    """So many at once, and on a Cluster only such as are in one slot."""
+    by_slot = sorted(due, key=lambda one: one[0].store.slot) if redis.is_cluster else due
+    for _, same_slot in groupby(by_slot, key=lambda one: one[0].store.slot):
+        holds = list(same_slot)
+        for start in range(0, len(holds), _BATCH):
+            yield holds[start : start + _BATCH]
+
+
+_keepers: "WeakKeyDictionary[Connections, Keeper]" = WeakKeyDictionary()
+
+
+def keeper_of(redis: Connections) -> Keeper:
+    """The keeper of a server in this process: one for all that is held there."""
+    return _keepers.get(redis) or _keepers.setdefault(redis, Keeper(redis))
