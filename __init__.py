@@ -10,7 +10,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cachelib import MISS, Cache, Codec, Connections, Loaded, Near, Pickle, Settings, cached, connect
     from .cachelib.write_behind import SqlSink
-    from .coordination import Allowed, Busy, Hold, Limited, Lock, RateLimit, RateLimiter, ReadWriteLock, Semaphore
+    from .coordination import (
+        Allowed,
+        Barrier,
+        Busy,
+        Debounce,
+        Hold,
+        Leader,
+        Limited,
+        Lock,
+        MultiLock,
+        RateLimit,
+        RateLimiter,
+        ReadWriteLock,
+        Redlock,
+        Reserved,
+        Semaphore,
+        SingleFlight,
+        Throttle,
+    )
     from .coordination.memoize import memoized_task
     from .coordination.signals import SignalBridge
     from .tasks.invalidation import invalidate_on_commit
@@ -38,16 +56,24 @@ __all__ = [
     "SqlSink",
     "WriteBehind",
     # Coordinating
+    "Barrier",
     "Busy",
     "Hold",
+    "Leader",
     "Lock",
+    "MultiLock",
     "ReadWriteLock",
+    "Redlock",
     "Semaphore",
+    "SingleFlight",
     # Limiting
     "Allowed",
+    "Debounce",
     "Limited",
     "RateLimit",
     "RateLimiter",
+    "Reserved",
+    "Throttle",
     # Tasks and signals
     "SignalBridge",
     "memoized_task",
@@ -69,15 +95,23 @@ _HOME = {
     "warmed": ".tasks.warming",
     "SqlSink": ".cachelib.write_behind",
     "WriteBehind": ".tasks.write_behind",
+    "Barrier": ".coordination",
     "Busy": ".coordination",
     "Hold": ".coordination",
+    "Leader": ".coordination",
     "Lock": ".coordination",
+    "MultiLock": ".coordination",
     "ReadWriteLock": ".coordination",
+    "Redlock": ".coordination",
     "Semaphore": ".coordination",
+    "SingleFlight": ".coordination",
     "Allowed": ".coordination",
+    "Debounce": ".coordination",
     "Limited": ".coordination",
     "RateLimit": ".coordination",
     "RateLimiter": ".coordination",
+    "Reserved": ".coordination",
+    "Throttle": ".coordination",
     "SignalBridge": ".coordination",
     "memoized_task": ".coordination",
 }

@@ -17,13 +17,10 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from hashlib import sha1
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import redis
 from redis.exceptions import NoScriptError
-
-if TYPE_CHECKING:
-    from .client import ThreadClient
 
 T = TypeVar("T")
 Argument = str | bytes | int
@@ -110,18 +107,32 @@ class Prepared(Generic[T]):
     def __repr__(self) -> str:
         return f"<Prepared {self._script.name}>"
 
-    def __call__(self, client: "ThreadClient", *holes: bytes) -> T:
+    def __call__(self, client: "redis.Redis", *holes: bytes) -> T:
         if len(holes) == 1:
             sized: tuple[Any, ...] = (len(holes[0]), holes[0])
         else:
             sized = tuple([part for hole in holes for part in (len(hole), hole)])
         try:
-            reply = client.execute_packed(self._template % sized)
-        except NoScriptError:
-            left = iter(holes)
-            request = [next(left) if argument is HOLE else argument for argument in self._request]
-            reply = client.execute_command("EVAL", self._script.text, *request)
+            execute_packed = client.execute_packed  # type: ignore[attr-defined]
+        except AttributeError:  # a cluster's, which must see the keys
+            reply = self._unpacked(client, holes)
+        else:
+            try:
+                reply = execute_packed(self._template % sized)
+            except NoScriptError:
+                reply = client.execute_command("EVAL", self._script.text, *self._filled(holes))
         return reply if self._decode is list else self._decode(reply)
+
+    def _filled(self, holes: tuple[bytes, ...]) -> list[Any]:
+        left = iter(holes)
+        return [next(left) if argument is HOLE else argument for argument in self._request]
+
+    def _unpacked(self, client: "redis.Redis", holes: tuple[bytes, ...]) -> Any:
+        request = self._filled(holes)
+        try:
+            return client.execute_command("EVALSHA", self._script.sha, *request)
+        except NoScriptError:
+            return client.execute_command("EVAL", self._script.text, *request)
 
 
 def load(package: str, name: str, decode: Callable[[Any], T]) -> Script[T]:

@@ -1,17 +1,24 @@
 """Floor 2: agreements between processes. Locks and limiters know no Celery; what faces tasks and signals does.
 
-What needs Celery is imported when it is asked for, so that a web process that only limits does without.
+What needs Celery is imported when it is asked for, so that a web process that only locks and limits does without.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .barrier import Barrier
+from .debounce import Debounce
 from .hold import Busy, Hold
+from .leader import Leader
 from .lock import Lock
-from .rate_limit import Allowed, Decision, Limited, RateLimit
+from .multi_lock import MultiHold, MultiLock
+from .rate_limit import Allowed, Decision, Limited, RateLimit, Reserved
 from .rate_limiter import RateLimiter
 from .read_write_lock import ReadWriteLock
+from .redlock import Redlock
 from .semaphore import Semaphore
+from .single_flight import SingleFlight
+from .throttle import Throttle
 
 if TYPE_CHECKING:
     from .memoize import MemoizedTask, memoized_task
@@ -19,17 +26,26 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Allowed",
+    "Barrier",
     "Busy",
+    "Debounce",
     "Decision",
     "Hold",
+    "Leader",
     "Limited",
     "Lock",
     "MemoizedTask",
+    "MultiHold",
+    "MultiLock",
     "RateLimit",
     "RateLimiter",
     "ReadWriteLock",
+    "Redlock",
+    "Reserved",
     "Semaphore",
     "SignalBridge",
+    "SingleFlight",
+    "Throttle",
     "memoized_task",
 ]
 

@@ -11,18 +11,18 @@ import os
 import socket
 import threading
 import time
-from threading import Event, get_ident
+from threading import Event, current_thread
 from types import TracebackType
 
 from ..cachelib.circuit import UNAVAILABLE
 from ..cachelib.counters import Counters
 from ..cachelib.durations import Duration, milliseconds
 from ..cachelib.tokens import Tokens
-from .errors import LockReentered, LockTimeout, LockUnavailable, NotReplicated, PermitsExceeded
+from .errors import LockLost, LockReentered, LockTimeout, LockUnavailable, NotReplicated, PermitsExceeded
 from .hold import NOT_OURS, Busy, Hold, Terms, valid_for_s
 from .keeper import keeper_of
 from .turn_store import Taken, TurnStore
-from .wakeups import Line, Waiter, wakeups_of
+from .wakeups import Line, wakeups_of
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,14 @@ class Acquirable:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Release it. Raises ``LockLost`` when it was lost meanwhile and nothing else is being raised."""
-        self._entered().pop().__exit__(kind, error, trace)
+        hold = self._entered().pop()
+        try:
+            hold.__exit__(kind, error, trace)
+        except LockLost:
+            raise
+        except BaseException:  # out of a signal handler: nobody else knows this hold
+            hold.abandon()
+            raise
 
     def shrink(self, hold: Hold, units: int) -> None:
         """Give back all but so many units of a hold. Raises ``ValueError``, ``LockLost`` and ``LockUnavailable``."""
@@ -214,11 +221,11 @@ class Acquirable:
                     if line is None:
                         waits = waits or self._begin_to_wait()
                         line = self._line = wakeups_of(self._redis).line(self._store.slot)
-                    waiter = line.expect(token)
                     try:
-                        hold, heard = self._stand(line, waiter, units, until, heard, waits)
+                        line.expect(token)
+                        hold, heard = self._stand(line, token, units, until, heard, waits)
                     finally:
-                        line.forget(waiter)
+                        line.forget(token)
                     if hold is not None:
                         return hold
                     waits, silent_since = True, math.inf
@@ -237,20 +244,20 @@ class Acquirable:
                 self._counters.add("wait_us", int((time.monotonic() - began) * 1_000_000))
 
     def _begin_to_wait(self) -> bool:
-        if self._alone and self._keeper.held_by(self._store, get_ident()):
+        if self._alone and self._keeper.held_by(self._store, current_thread()):
             raise LockReentered(self.what)
         self._counters.add("waits")
         return True
 
     def _stand(
-        self, line: Line, waiter: Waiter, units: int, until: float, heard: bool, waits: bool
+        self, line: Line, token: str, units: int, until: float, heard: bool, waits: bool
     ) -> tuple[Hold | None, bool]:
         """Ask how it stands, and wait until there is a reason to ask again: a grant, or a lease that has run out.
 
         Returns the hold, if it was granted, and whether something was heard.
         """
-        line.subscribe()
-        lease_ms, token = self._terms.lease_ms, waiter.token
+        line.subscribe(token)
+        lease_ms = self._terms.lease_ms
         sent = time.monotonic()
         taken = self._store.take(token, units, lease_ms, line.channel, self._label())
         if taken.state == 1:
@@ -264,7 +271,7 @@ class Acquirable:
             return None, True
         runs_out_s = max(0.0, (taken.ends_us - taken.now_us) / 1e6) if taken.ends_us else lease_ms / 1_000
         look_at = sent + runs_out_s + min(_STAGGER_S * (taken.ahead + 1), _LONGEST_STAGGER_S)
-        told = line.wait(waiter, min(until, look_at))
+        told = line.wait(token, min(until, look_at))
         if told is None or not told.fence:
             return None, told is not None
         # The lease began when it was granted, by the server's clock; its reply to us told how far that was from ours.

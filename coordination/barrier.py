@@ -18,7 +18,7 @@ from ..cachelib.tokens import Tokens
 from . import keys
 from .errors import BarrierTimeout, BarrierUnavailable, PartiesDisagree
 from .hold import lease_of
-from .wakeups import Line, Waiter, wakeups_of
+from .wakeups import Line, wakeups_of
 
 MOST_PARTIES = 10_000
 
@@ -128,11 +128,11 @@ class Barrier:
         while True:
             try:
                 line = wakeups_of(self._redis).line(self._redis.slot(self._state))
-                waiter = line.expect(token)
                 try:
-                    place, heard = self._stand(line, waiter, until, heard)
+                    line.expect(token)
+                    place, heard = self._stand(line, token, until, heard)
                 finally:
-                    line.forget(waiter)
+                    line.forget(token)
                 if place is not None:
                     return place
                 waits, silent_since = True, math.inf
@@ -145,19 +145,19 @@ class Barrier:
             if time.monotonic() >= until:
                 return None
 
-    def _stand(self, line: Line, waiter: Waiter, until: float, heard: bool) -> tuple[int | None, bool]:
+    def _stand(self, line: Line, token: str, until: float, heard: bool) -> tuple[int | None, bool]:
         """Say that it is there, and wait until it is told to pass, or until it has to say so again.
 
         Returns the place, if it may pass, and whether something was heard.
         """
-        line.subscribe()
+        line.subscribe(token)
         sent = time.monotonic()
         arrived = _ARRIVE(
             self._client,
             state=self._state,
             arrived=self._arrived,
             opened=self._opened,
-            token=waiter.token,
+            token=token,
             parties=self.parties,
             lease_ms=self._lease_ms,
             channel=line.channel,
@@ -169,7 +169,7 @@ class Barrier:
         if not heard and not arrived.number:  # the server found nobody who listens, and did not count it
             line.close()
             return None, True
-        told = line.wait(waiter, min(until, sent + self._lease_ms / 3_000))
+        told = line.wait(token, min(until, sent + self._lease_ms / 3_000))
         if told is None or not told.fence:
             return None, told is not None
         return told.fence - 1, True

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from threading import get_ident
+from threading import current_thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -107,7 +107,7 @@ class Hold:
         """A number above that of every earlier hold of the same thing."""
         self.units = units
         """How many permits."""
-        self.thread = get_ident()
+        self.thread = current_thread()  # not its number, which another has when it has ended
         self.began = time.monotonic()
         self.renewal_due = 0.0
         self.store = store
@@ -286,6 +286,12 @@ class Hold:
             logger.warning("%s (fence %d) was lost: %s", self.what, self.fence, reason)
             self._keeper.give_back(self.store, self.token, self._terms.lease_ms)
             self._call_back()
+
+    def abandon(self) -> None:
+        """Renew it no more, and give it back soon: nobody will release it."""
+        if self._keeper.let_go(self):
+            self._released = True
+            self._keeper.give_back(self.store, self.token, self._terms.lease_ms)
 
     def forked(self) -> None:
         """This is a child's copy: the parent holds it."""

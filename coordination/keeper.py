@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from itertools import groupby
-from threading import Event, Lock, Thread
+from threading import Event, RLock, Thread
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -59,7 +59,7 @@ class Keeper:
         self._wakes_at = math.inf
         self._pause_s = _LONGEST_PAUSE_S
         self._wake = Event()
-        self._lock = Lock()
+        self._lock = RLock()  # a signal handler may come in between
         self.calling_back = CallingBack()
         """Of those who want to know that something was lost."""
         redis.own(self)
@@ -70,7 +70,7 @@ class Keeper:
 
     def renew_after_fork(self) -> None:
         """What the parent holds, the parent holds: a child has none of it."""
-        self._lock, self._wake = Lock(), Event()
+        self._lock, self._wake = RLock(), Event()
         self._thread, self._wakes_at = None, math.inf
         holds, self._holds, self._orphans = self._holds, {}, {}
         for hold in holds.values():
@@ -86,9 +86,9 @@ class Keeper:
         """Keep it no more. Whether it was kept: of several that ask, one is told so."""
         return self._holds.pop(hold.token, None) is not None
 
-    def held_by(self, store: TurnStore, thread: int) -> bool:
+    def held_by(self, store: TurnStore, thread: Thread) -> bool:
         """Whether a thread of this process holds this very thing."""
-        return any(hold.store.name == store.name and hold.thread == thread for hold in list(self._holds.values()))
+        return any(hold.store.name == store.name and hold.thread is thread for hold in list(self._holds.values()))
 
     def give_back(self, store: TurnStore, token: str, lease_ms: int, *, repeatedly: bool = False) -> None:
         """Give back what a token may hold, or its place in the queue, as soon as the server answers.

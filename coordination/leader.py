@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from threading import Condition, Event, Lock, Thread
+from threading import Condition, Event, Lock, Thread, get_ident
 from types import TracebackType
 from typing import Self
 
@@ -44,11 +44,19 @@ class _Candidacy(TurnStore):
     def __init__(self, redis: Connections, name: str) -> None:
         super().__init__(redis, KIND, name, capacity=1)
         self.stopping = False
+        self._asking = 0
         self._told_at: tuple[str, str] | None = None
+
+    @property
+    def slot(self) -> int:
+        """As of a ``TurnStore``. Raises ``_Stopped`` in the candidate's thread, which wants to know whom to ask."""
+        if self.stopping and get_ident() == self._asking:
+            raise _Stopped
+        return super().slot
 
     def take(self, token: str, units: int, lease_ms: int, channel: str, label: str, least_fence: int = 0) -> Taken:
         """As a ``TurnStore``. Raises ``_Stopped``."""
-        self._told_at = (channel, token) if channel else None
+        self._asking, self._told_at = get_ident(), (channel, token) if channel else None
         if self.stopping:
             raise _Stopped
         return super().take(token, units, lease_ms, channel, label, least_fence)
@@ -168,7 +176,10 @@ class Leader:
         return self
 
     def stop(self) -> None:
-        """Lead no more, be no candidate any more, and wait for the callbacks that are at work. May be repeated."""
+        """Lead no more, be no candidate any more, and wait for the callbacks that are at work. May be repeated.
+
+        Where Redis hangs it takes some seconds.
+        """
         with self._starting:
             campaign, runs = self._campaign, self._campaign.thread is not None
             if runs:

@@ -63,7 +63,8 @@ class Lock(Acquirable):
     Arguments:
         redis: from ``connect``.
         name: what is locked.
-        ttl: the lease: how soon others go on after a holder has died. From 0.1 s to an hour.
+        ttl: the lease: how soon others go on after a holder has died. From 0.1 s to an hour. All that lock one name had
+            best use the same: who waits looks after the holder when the first lease that it knows of is over.
         renew: whether the lease is renewed; if not, the hold ends after ``ttl``.
         max_hold: how long it is renewed at most: a task that hangs holds nothing for ever.
         reentrant: whether the thread that holds it may acquire it again, by this very object; each acquire wants its

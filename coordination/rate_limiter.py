@@ -4,12 +4,12 @@ import logging
 import time
 from collections.abc import Sequence
 from threading import Event
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from ..cachelib.connections import UNAVAILABLE, Connections
 from ..cachelib.counters import Counters
 from ..cachelib.durations import Duration, milliseconds
-from ..cachelib.scripts import HOLE, Prepared, Script, load
+from ..cachelib.scripts import HOLE, Script, load
 from ..cachelib.tokens import Tokens
 from .errors import LimiterUnavailable
 from .keys import RateKeys
@@ -106,17 +106,20 @@ class RateLimiter:
         self._permits = any(limit.kind == "c" for limit in self.limits)
         self._tokens = Tokens()
         self._counters = Counters()
-        self._prepared: Prepared[list[int]] | None = None
-        if not redis.is_cluster:
-            self._prepared = _HIT.prepared(
-                block=HOLE,
-                states=[HOLE] * len(self.limits),
-                mode="hit",
-                cost=HOLE,
-                amount=0,
-                permit=HOLE,
-                **_columns(self._arguments),
-            )
+        kinds, counts, spans_us, rests, parts = zip(*self._arguments, strict=True)
+        self._prepared = _HIT.prepared(
+            block=HOLE,
+            states=[HOLE] * len(self.limits),
+            mode="hit",
+            cost=HOLE,
+            amount=0,
+            permit=HOLE,
+            kinds=kinds,
+            counts=counts,
+            spans_us=spans_us,
+            rests=rests,
+            parts=parts,
+        )
 
     def __repr__(self) -> str:
         return f"<RateLimiter {self.name!r} [{', '.join(map(str, self.limits))}]>"
@@ -155,11 +158,8 @@ class RateLimiter:
             if self._leases is not None:
                 return self._hit_leased(self._leases, key, cost)
             permit = self._tokens.next() if self._permits else ""
-            if self._prepared is not None:
-                client: Any = self._redis.coordination
-                reply = self._prepared(client, *self._keys.of(key), b"%d" % cost, permit.encode())
-            else:
-                reply = self._ask("hit", key, cost, 0, permit)
+            client = self._redis.coordination
+            reply = self._prepared(client, *self._keys.of(key), b"%d" % cost, permit.encode())
         except UNAVAILABLE as error:
             return self._without_redis(error)
         if reply[0]:
@@ -466,8 +466,3 @@ class RateLimiter:
     def _unavailable(self, error: BaseException) -> LimiterUnavailable:
         self._counters.add("errors")
         return LimiterUnavailable(self.name, self._redis.address, error)
-
-
-def _columns(arguments: list[tuple[str, int, int, int, int]]) -> dict[str, Any]:
-    """What the scripts are told of the limits, by the names of their headers."""
-    return dict(zip(("kinds", "counts", "spans_us", "rests", "parts"), zip(*arguments, strict=True), strict=True))

@@ -16,6 +16,11 @@ MOST_READERS = 1_000_000
 class Side(Acquirable):
     """One side of a ``ReadWriteLock``: acquired, released and waited for as a ``Lock``."""
 
+    @property
+    def name(self) -> str:
+        """What is locked, and for what."""
+        return self.what
+
     def __repr__(self) -> str:
         return f"<Side {self.what}>"
 

@@ -11,7 +11,8 @@ A message is a hint that saves a question. When the connection breaks, all that 
 import logging
 import time
 from collections.abc import Callable
-from threading import Event, Lock
+from contextlib import suppress
+from threading import Event
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -19,6 +20,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ..cachelib.client import ThreadClient
+from ..cachelib.cluster import ClusterClient
 from ..cachelib.connections import UNAVAILABLE, Connections
 from ..cachelib.forks import renew_after_fork
 from ..cachelib.pushes import is_pong, listening_connection
@@ -32,6 +34,8 @@ _ANSWER_S = 2.0
 _HEARTBEAT_S = 10.0
 """After so long a silence the server is asked whether it is there: networks forget connections that are silent."""
 _SHORTEST_READ_S = 0.001
+_CONNECTING_S = 0.02
+_READER = "reader"
 
 _tokens = Tokens()
 
@@ -51,10 +55,9 @@ _LOOK = Told(0, 0)
 class Waiter:
     """One that waits."""
 
-    __slots__ = ("event", "token", "told")
+    __slots__ = ("event", "told")
 
-    def __init__(self, token: str) -> None:
-        self.token = token
+    def __init__(self) -> None:
         self.event = Event()
         self.told: Told | None = None
 
@@ -68,13 +71,16 @@ class Waiter:
 class Line:
     """The connection to one server on which a process hears of its grants."""
 
-    def __init__(self, client_of: Callable[[], ThreadClient]) -> None:
+    def __init__(self, client_of: Callable[[], ThreadClient], unreachable: Callable[[], None]) -> None:
         self._client_of = client_of
+        self._unreachable = unreachable
         self._connection: Any = None
         self._waiters: dict[str, Waiter] = {}
         self._heard = 0.0
         self._pinged = 0.0
-        self._reading = Lock()
+        self._reader: dict[str, str] = {}
+        """Whose turn it is to read: one token, or none. A dict, because it is taken and known to be taken in one step:
+        an exception out of a signal handler cannot come in between."""
         self.channel = keys.granted(_tokens.next())
         renew_after_fork(self)
 
@@ -89,7 +95,7 @@ class Line:
     def renew_after_fork(self) -> None:
         """A child has a channel of its own, and nobody who waits."""
         inherited, self._connection = self._connection, None
-        self._reading, self._waiters = Lock(), {}
+        self._reader, self._waiters = {}, {}
         self.channel = keys.granted(_tokens.next())
         if inherited is not None:
             inherited.disconnect()  # which looks at the process id
@@ -98,56 +104,62 @@ class Line:
         """Close the connection; who waits looks for itself."""
         self._broken(self._connection)
 
-    def expect(self, token: str) -> Waiter:
-        """Whoever is going to wait says so, before it asks for a place in the queue."""
-        waiter = self._waiters[token] = Waiter(token)
-        return waiter
+    def expect(self, token: str) -> None:
+        """Whoever is going to wait says so before it asks for a place in the queue; and ``forget``, however it ends."""
+        self._waiters[token] = Waiter()
 
-    def forget(self, waiter: Waiter) -> None:
+    def forget(self, token: str) -> None:
         """It waits no more. Somebody else must read, if it was the one that did."""
-        self._waiters.pop(waiter.token, None)
-        self._hand_on(waiter)
+        self._waiters.pop(token, None)
+        self._hand_on(token)
 
-    def subscribe(self) -> None:
+    def subscribe(self, token: str) -> None:
         """See to it that grants can be heard. Raises redis-py's errors."""
-        if self._connection is not None and time.monotonic() - self._heard < _HEARTBEAT_S:
-            return
-        if not self._reading.acquire(blocking=self._connection is None):
-            return  # somebody reads it, and sees to it
-        try:
+        while self._connection is None or time.monotonic() - self._heard >= _HEARTBEAT_S:
+            if self._is_reader(token):
+                try:
+                    if self._connection is not None:
+                        self._check()
+                    if self._connection is None:
+                        self._connect()
+                finally:
+                    self._hand_on(token)
+                return
             if self._connection is not None:
-                self._check()
-            if self._connection is None:
-                self._connect()
-        finally:
-            self._reading.release()
+                return  # somebody reads it, and sees to it
+            self._waiters[token].event.wait(_CONNECTING_S)  # somebody is connecting
+            self._waiters[token].event.clear()
 
-    def wait(self, waiter: Waiter, until: float) -> Told | None:
+    def wait(self, token: str, until: float) -> Told | None:
         """Wait until it is told something, or until a time by ``time.monotonic()``."""
+        waiter = self._waiters[token]
         try:
             while waiter.told is None:
                 left_s = until - time.monotonic()
                 if left_s <= 0:
                     return None
-                if self._reading.acquire(blocking=False):
-                    try:
-                        if waiter.told is None:
-                            self._read(until)
-                    finally:
-                        self._reading.release()
+                if self._is_reader(token):
+                    if waiter.told is None:
+                        self._read(until)
                 else:
                     waiter.event.wait(left_s)
                     waiter.event.clear()
             told, waiter.told = waiter.told, None
             return told
         finally:
-            self._hand_on(waiter)
+            self._hand_on(token)
 
-    def _hand_on(self, leaving: Waiter) -> None:
-        """Have another of those that wait read, if nobody does."""
-        if not self._reading.locked():
-            for waiter in list(self._waiters.values()):
-                if waiter is not leaving:
+    def _is_reader(self, token: str) -> bool:
+        """Whether it is this one's turn to read, until it hands on."""
+        return self._reader.setdefault(_READER, token) == token
+
+    def _hand_on(self, leaving: str) -> None:
+        """Read no more, and have another of those that wait read, if nobody does."""
+        if self._reader.get(_READER) == leaving:
+            self._reader.pop(_READER, None)
+        if not self._reader:
+            for token, waiter in list(self._waiters.items()):
+                if token != leaving:
                     waiter.event.set()
                     return
 
@@ -157,8 +169,10 @@ class Line:
             connection.connect()
             connection.send_command("SUBSCRIBE", self.channel, check_health=False)
             connection.read_response(disable_decoding=True, push_request=True)
-        except BaseException:
+        except BaseException as error:
             connection.disconnect()
+            if isinstance(error, UNAVAILABLE):
+                self._unreachable()
             raise
         self._heard, self._pinged = time.monotonic(), 0.0
         self._connection = connection
@@ -258,8 +272,16 @@ class Wakeups:
                     raise RedisConnectionError("the server is no part of the cluster any more")
                 return client
 
-            known = self._lines.setdefault(client, Line(client_of))
+            known = self._lines.setdefault(client, Line(client_of, lambda: self._look_again(slot)))
         return known
+
+    def _look_again(self, slot: int) -> None:
+        """On a Cluster another node may have the slot by now; only commands that fail find that out by themselves."""
+        redis = self._redis()
+        client: Any = None if redis is None or redis.closed else redis.coordination
+        if isinstance(client, ClusterClient):
+            with suppress(*UNAVAILABLE):
+                client.look_again(avoiding=client.owner(slot))
 
 
 _wakeups: "WeakKeyDictionary[Connections, Wakeups]" = WeakKeyDictionary()

@@ -1,26 +1,28 @@
 -- The states of rate limits: how each is stored, when a cost fits, what a charge and a refund make of it.
 --
--- rate_limit reads a state and returns what can be done with it: earliest(cost) tells when a cost fits; charge(cost, start,
--- permit) writes, and returns two numbers by which refund(cost, first, second, permit) can take the charge back; left()
--- tells what is left now, and when all is paid off. A limit is count, span, rest and part, whose meaning is told for each
--- kind below. All times are whole microseconds, which stay below 2^53, where Lua computes exactly. rate_algorithms.py has
--- the same as models. What is not asked for is not even defined, because a script defines its functions at each call.
+-- rate_limit reads a state and returns what can be done with it: earliest(cost) tells when a cost fits; charge(cost,
+-- start, permit) writes, and returns two numbers by which refund(cost, first, second, permit) can take the charge
+-- back; left() tells what is left now, and when all is paid off. A limit is count, span, rest and part, whose
+-- meaning is told for each kind below. All times are whole microseconds, which stay below 2^53, where Lua computes
+-- exactly. rate_algorithms.py has the same as models. What is not asked for is not even defined, for a script
+-- defines its functions at each call.
 --
--- "g", smooth (GCRA). count: the burst; a call takes span and rest/part microseconds. Stored: when all is paid off (the
--- theoretical arrival time), "us" or "us rest part"; and after a refund, or a reservation of a time to come, also how
--- much was ever given back, the latest time that was ever promised as the one when all is paid off, the time below which
--- it must not fall, and the sum of us and what was given back at the last reservation, which tells what was charged since.
--- All four are forgotten when that latest time is over. Why they are needed: a refund may give back only what is not paid
--- off yet, and earlier refunds move up when that is; and a reserved start does not move, though what was before it is
--- given back.
--- "l", log. count calls in span. Stored: capacity and position (4 bytes each), the last time that was ever charged (8),
--- then a ring of times (8 bytes each) from the oldest to the newest, the position being that of the oldest; 0 is a free
--- one. What is free or over comes first, so a cost fits when the last one that it would overwrite is over. The ring grows
--- when count does and never shrinks, so nothing is forgotten that counts. Nobody is admitted before the last time, be it
--- given back: what was over by then is overwritten.
--- "b", buckets. count calls in part buckets of span. Stored: span, number of the newest bucket, what is in it, in the
--- one before it, ... One bucket more than part is counted: the oldest is partly over. What was counted in buckets of
--- another span is put into the newest, where it counts for longer than it would have, never for less long.
+-- "g", smooth (GCRA). count: the burst; a call takes span and rest/part microseconds. Stored: when all is paid off
+-- (the theoretical arrival time), "us" or "us rest part"; and after a refund, or a reservation of a time to come,
+-- also how much was ever given back, the latest time that was ever promised as the one when all is paid off, the
+-- time below which it must not fall, and the sum of us and what was given back at the last reservation, which tells
+-- what was charged since. All four are forgotten when that latest time is over. Why they are needed: a refund may
+-- give back only what is not paid off yet, and earlier refunds move up when that is; and a reserved start does not
+-- move, though what was before it is given back.
+-- "l", log. count calls in span. Stored: capacity and position (4 bytes each), the last time that was ever charged
+-- (8), then a ring of times (8 bytes each) from the oldest to the newest, the position being that of the oldest; 0
+-- is a free one. What is free or over comes first, so a cost fits when the last one that it would overwrite is over.
+-- The ring grows when count does and never shrinks, so nothing is forgotten that counts. Nobody is admitted before
+-- the last time, be it given back: what was over by then is overwritten.
+-- "b", buckets. count calls in part buckets of span. Stored: span, number of the newest bucket, what is in it, in
+-- the one before it, ... One bucket more than part is counted: the oldest is partly over. What was counted in
+-- buckets of another span is put into the newest, where it counts for longer than it would have, never for less
+-- long.
 -- "f", window of span aligned to rest; "w", window of span from the first call. Stored: its begin, and what is used.
 -- "c", at once. count permits of span. Stored: a sorted set of permits by when they end.
 
@@ -68,7 +70,8 @@ local function rate_smooth(key, now, count, span, rest, part)
         if highest > 0 then
             highest = math.max(highest, last)
             last = highest
-            value = string.format("%.0f %.0f %.0f %.0f %.0f %.0f %.0f", us, parts, part, given, highest, lowest, reserved)
+            value = string.format("%.0f %.0f %.0f %.0f %.0f %.0f %.0f",
+                us, parts, part, given, highest, lowest, reserved)
         end
         redis.call("SET", key, value, "PX", rate_ttl(last - now))
     end

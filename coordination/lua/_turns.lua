@@ -21,16 +21,18 @@ local function turn_now()
     return time[1] * 1000000 + time[2]
 end
 
--- What there is, and what a token holds.
-local function turn_open(state, now, capacity, token)
+-- What there is, and what a token holds. Without the hash the queue means nothing (one of the two was evicted).
+local function turn_open(state, queue, now, capacity, token)
     local known = redis.call("HMGET", state, "fence", "used", "next_end", "waiting", "kept", "capacity", "h" .. token)
+    if not known[1] then
+        redis.call("DEL", queue)
+    end
     return {
         now = now,
         fence = tonumber(known[1] or 0),
         used = tonumber(known[2] or 0),
         next_end = tonumber(known[3] or 0),
         waiting = tonumber(known[4] or 0),
-        was_waiting = tonumber(known[4] or 0),
         kept = tonumber(known[5] or 0),
         capacity = tonumber(known[6] or capacity),
         resized = known[6],
@@ -100,7 +102,7 @@ end
 -- Ends what has run out, and grants what is free to those who wait, in their order: as often as there is somebody to
 -- serve, for who is left would wait for nothing.
 local function turn_settle(state, queue, turn)
-    turn_reclaim(state, turn)
+    turn_reclaim(state, turn, false)
     while turn.waiting > 0 and turn.used < turn.capacity do
         local token = redis.call("ZRANGE", queue, 0, 0)[1]
         if not token then -- evicted
@@ -140,7 +142,7 @@ local function turn_close(state, queue, turn)
     if renew then
         redis.call("PEXPIRE", state, kept_ms)
     end
-    if turn.waiting > 0 and (renew or turn.was_waiting == 0) then
+    if turn.waiting > 0 and (renew or turn.queued) then
         redis.call("PEXPIRE", queue, kept_ms)
     end
 end

@@ -3,8 +3,8 @@
 --
 -- KEYS: block, states...
 -- ARGV: mode, cost, amount, permit, kinds..., counts..., spans_us..., rests..., parts...
--- RETURNS: {refusing limit (counted from 1; -1: blocked; 0: none), wait_us, tightest limit, remaining, reset_us, cost that
--- was charged, and for each limit two numbers: its receipt; in mode peek what remains and reset_us}
+-- RETURNS: {refusing limit (counted from 1; -1: blocked; 0: none), wait_us, tightest limit, remaining, reset_us, cost
+-- that was charged, and for each limit two numbers: its receipt; in mode peek what remains and reset_us}
 --
 -- mode: hit (now or not at all), take (as hit; and if more than the cost is left, up to amount), reserve (as soon as
 -- all limits admit it, if that is within amount microseconds), peek (what hit would say; nothing is charged), owe (the

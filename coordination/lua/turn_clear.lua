@@ -9,9 +9,9 @@
 -- is raised even if nobody waits.
 
 local state, queue = KEYS[1], KEYS[2]
-local turn = turn_open(state, turn_now(), ARGV[1], "")
+local turn = turn_open(state, queue, turn_now(), ARGV[1], "")
 
-turn_reclaim(state, turn)
+turn_reclaim(state, turn, false)
 local cleared = turn_reclaim(state, turn, true)
 turn.fence = math.max(turn.fence + 1, turn.now)
 turn_settle(state, queue, turn)

@@ -10,7 +10,7 @@
 
 local state, queue = KEYS[1], KEYS[2]
 local token = ARGV[1]
-local turn = turn_open(state, turn_now(), ARGV[2], token)
+local turn = turn_open(state, queue, turn_now(), ARGV[2], token)
 
 local was_valid = false
 if turn.held then

@@ -13,7 +13,7 @@ if tonumber(ARGV[2]) > 0 then
 else
     redis.call("HDEL", state, "capacity")
 end
-local turn = turn_open(state, turn_now(), ARGV[1], "")
+local turn = turn_open(state, queue, turn_now(), ARGV[1], "")
 turn_settle(state, queue, turn)
 turn_close(state, queue, turn)
 return turn.used

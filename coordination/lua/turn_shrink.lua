@@ -9,9 +9,9 @@
 
 local state, queue = KEYS[1], KEYS[2]
 local token, units = ARGV[1], tonumber(ARGV[3])
-local turn = turn_open(state, turn_now(), ARGV[2], token)
+local turn = turn_open(state, queue, turn_now(), ARGV[2], token)
 
-turn_reclaim(state, turn)
+turn_reclaim(state, turn, false)
 if turn.held then
     local had, rest = string.match(turn.held, "^(%d+) (.*)$")
     if units < tonumber(had) then

@@ -16,7 +16,7 @@ local state, queue = KEYS[1], KEYS[2]
 local token, channel = ARGV[1], ARGV[5]
 local units, lease_ms, least_fence = tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[6])
 local now = turn_now()
-local turn = turn_open(state, now, ARGV[4], token)
+local turn = turn_open(state, queue, now, ARGV[4], token)
 local rest = (channel == "" and "-" or channel) .. " " .. ARGV[7]
 
 turn_settle(state, queue, turn)
@@ -37,10 +37,15 @@ elseif turn.waiting == 0 and turn.used + units <= turn.capacity then
 else
     local place = turn.waiting > 0 and redis.call("ZRANK", queue, token)
     local ahead = place or turn.waiting
-    if not place and channel ~= "" then
-        turn.waiting = turn.waiting + 1
-        redis.call("ZADD", queue, redis.call("HINCRBY", state, "ticket", 1), token)
-        turn_change(state, turn, "w" .. token, units .. " " .. lease_ms .. " " .. turn_text(now) .. " " .. rest)
+    if channel ~= "" then
+        local since = turn_text(now)
+        if place then -- it may have another channel by now
+            since = string.match(redis.call("HGET", state, "w" .. token) or "", "^%d+ %d+ (%d+)") or since
+        else
+            turn.waiting, turn.queued = turn.waiting + 1, true
+            redis.call("ZADD", queue, redis.call("HINCRBY", state, "ticket", 1), token)
+        end
+        turn_change(state, turn, "w" .. token, units .. " " .. lease_ms .. " " .. since .. " " .. rest)
     end
     answer = {0, 0, turn.next_end, now, ahead, place and 1 or 0}
 end

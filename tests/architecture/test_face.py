@@ -11,9 +11,10 @@ import pytest
 import petiole
 
 FACE = {
-    "Allowed", "Cache", "Codec", "Connections", "Limited", "Loaded", "MISS", "Near", "Pickle", "RateLimit",
-    "RateLimiter", "Settings", "SignalBridge", "SqlSink", "WriteBehind", "cached", "connect", "invalidate_on_commit",
-    "memoized_task", "refreshed_in_worker", "warmed",
+    "Allowed", "Barrier", "Busy", "Cache", "Codec", "Connections", "Debounce", "Hold", "Leader", "Limited", "Loaded",
+    "Lock", "MISS", "MultiLock", "Near", "Pickle", "RateLimit", "RateLimiter", "ReadWriteLock", "Redlock", "Reserved",
+    "Semaphore", "Settings", "SignalBridge", "SingleFlight", "SqlSink", "Throttle", "WriteBehind", "cached",
+    "connect", "invalidate_on_commit", "memoized_task", "refreshed_in_worker", "warmed",
 }  # fmt: skip
 
 # Reports what a piece of code has imported and started, and whether a socket was made.
@@ -80,7 +81,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'petiole' has no attribute 'Cash'"):
         _ = petiole.Cash  # type: ignore[attr-defined]
 
-    assert not hasattr(petiole, "Lock")
+    assert not hasattr(petiole, "Lok")
 
 
 @pytest.mark.parametrize("package", ["petiole.coordination", "petiole.tasks"])
@@ -109,11 +110,16 @@ HEAVY = ("celery", "kombu", "billiard", "sqlalchemy", "flower", "rich")
         "from petiole import Cache, Connections, MISS, Settings, cached, connect",
         "from petiole import Codec, Loaded, Near, Pickle",
         "from petiole import Allowed, Limited, RateLimit, RateLimiter",
+        "from petiole import Barrier, Debounce, Leader, Lock, MultiLock, Redlock, Semaphore, SingleFlight, Throttle",
+        "import petiole.coordination.http, petiole.coordination.fencing, petiole.coordination.inspecting",
         "import petiole.tasks.cli",
         "import petiole.coordination, petiole.tasks",
         "from petiole import Cache, RateLimit, RateLimiter, connect\n"
         "redis = connect('redis://127.0.0.1:1')\n"
         "Cache(redis, namespace='x'); RateLimiter(redis, 'x', [RateLimit('1/s')])",
+        "from petiole import Lock, Semaphore, connect\n"
+        "redis = connect('redis://127.0.0.1:1')\n"
+        "Lock(redis, 'x'); Semaphore(redis, 'x', permits=2)",
     ],
 )
 def test_who_only_caches_and_limits_imports_neither_celery_nor_sqlalchemy(code: str) -> None:
@@ -144,6 +150,10 @@ def test_the_measure_sees_what_it_looks_for() -> None:
         "redis = connect('redis://127.0.0.1:1')\n"
         "cache = Cache(redis, namespace='x', near=True, refresh='thread', hard_timeout=5)\n"
         "cached(cache, 'k')(lambda: 1); repr(cache), cache.stats()",
+        "from petiole import Barrier, Debounce, Leader, Lock, MultiLock, ReadWriteLock, Semaphore, Throttle, connect\n"
+        "redis = connect('redis://127.0.0.1:1')\n"
+        "Lock(redis, 'x'); Semaphore(redis, 'x', permits=2); ReadWriteLock(redis, 'x'); MultiLock(redis, ['x', 'y'])\n"
+        "Leader(redis, 'x'); Barrier(redis, 'x', 2); Throttle(redis, 'x', every=1); Debounce(redis, 'x', wait=1)",
     ],
 )
 def test_importing_and_declaring_starts_no_thread_and_opens_no_socket(code: str) -> None:

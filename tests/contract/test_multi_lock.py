@@ -53,7 +53,7 @@ def test_all_names_are_held_each_with_its_fence(redis: Connections, names: list[
 
 def test_the_lock_of_one_of_the_names_excludes_all(redis: Connections, names: list[str]) -> None:
     """None of the names is kept when one is not had."""
-    with Lock(redis, names[0]):
+    with ThreadPoolExecutor(1) as another, another.submit(Lock(redis, names[0]).acquire).result(LONG_S):
         assert isinstance(MultiLock(redis, names).try_acquire(), Busy)
         assert all(is_free(redis, name) for name in names[1:])
         with pytest.raises(LockTimeout, match=rf"lock '{names[0]}' was not free within 0.05 s"):

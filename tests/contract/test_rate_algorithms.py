@@ -149,6 +149,37 @@ def test_each_script_agrees_with_its_model(redis: Connections, kind: str) -> Non
     search()
 
 
+in_step = st.lists(
+    st.tuples(
+        st.sampled_from(["hit", "hit", "reserve", "refund", "refund", "less", "change"]),
+        st.sampled_from([0, 0, 1, 2, 3]).map(lambda steps: 100_000 * steps),
+        st.integers(1, 4),
+    ),
+    min_size=4,
+    max_size=20,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
+@given(
+    limit=st.sampled_from(
+        [
+            RateLimit("10/s", burst=2),
+            RateLimit("30/s", burst=4),
+            RateLimit("7/s", burst=3),
+            RateLimit.exact("3/s"),
+            RateLimit.bucketed("3/s", buckets=2),
+        ]
+    ),
+    schedule=in_step,
+)
+def test_the_scripts_agree_with_the_models_on_calls_in_step(
+    redis: Connections, limit: RateLimit, schedule: list[tuple[str, int, int]]
+) -> None:
+    """Refunds among reservations, at times when what is paid off and what is given back meet to the microsecond."""
+    follow(InRedis(redis), (limit,), schedule, 1_700_000_000_000_000)
+
+
 def follow(there: InRedis, limits: tuple[RateLimit, ...], schedule: list[tuple[str, int, int]], now_us: int) -> None:
     """Take every step in Redis and in the model, and compare what is said."""
     here = Caller()

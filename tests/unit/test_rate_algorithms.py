@@ -224,3 +224,80 @@ def test_there_are_never_more_permits_than_the_count(schedule: list[tuple[int, b
         if not caller.ask((limit,), now_us, 1).refusing:
             begins.append(now_us)
         assert sum(now_us < begin_us + 1_000_000 for begin_us in begins) <= count
+
+
+in_step = st.lists(
+    st.tuples(
+        st.sampled_from(["hit", "hit", "reserve", "refund", "refund"]),
+        st.sampled_from([0, 0, 1, 2, 3]),
+        st.integers(1, 4),
+    ),
+    min_size=4,
+    max_size=14,
+)
+
+
+@EVERY
+def test_refunds_among_reservations_never_make_room_that_is_not_there(kind: str) -> None:
+    """Calls that come in step with the limit, where what is paid off and what is given back meet to the microsecond."""
+
+    @settings(max_examples=400, deadline=None)
+    @given(burst=st.integers(1, 4), schedule=in_step)
+    def search(burst: int, schedule: list[tuple[str, int, int]]) -> None:
+        limit = {
+            "smooth": RateLimit("10/s", burst=burst),
+            "at_most": RateLimit.at_most("10/s", burst=burst),
+            "exact": RateLimit.exact(f"{burst}/s"),
+            "bucketed": RateLimit.bucketed(f"{burst}/s", buckets=2),
+            "fixed": RateLimit.fixed(f"{burst}/s"),
+            "first": RateLimit.fixed(f"{burst}/s", aligned=False),
+        }[kind]
+        step_us = 100_000 if kind in ("smooth", "at_most") else 500_000
+        events, _ = admitted((limit,), [(what, steps * step_us, number) for what, steps, number in schedule])
+        check_bound(events, limit)
+
+    search()
+
+
+SMOOTH = RateLimit("1/s", burst=10)
+
+
+def test_what_is_paid_off_sooner_because_of_a_refund_is_not_given_back_later() -> None:
+    """A is given back, so B is paid off at five seconds and not at ten: giving B back then makes no room for more."""
+    caller = Caller()
+    a = caller.ask((SMOOTH,), START_US, 5)
+    b = caller.ask((SMOOTH,), START_US, 5)
+    caller.refund((SMOOTH,), START_US, 5, a.marks)
+    later_us = START_US + 5_000_000
+    caller.ask((SMOOTH,), later_us, 5)
+    caller.refund((SMOOTH,), later_us, 5, b.marks)
+
+    assert caller.models["g1s"].left(SMOOTH, later_us)[0] == 5
+
+
+def test_a_refund_leaves_those_their_places_who_have_reserved() -> None:
+    """With a burst of 1, A is given back at once, but B comes at one second: nobody else does."""
+    limit = RateLimit("1/s", burst=1)
+    caller = Caller()
+    a = caller.ask((limit,), START_US, 1)
+    b = caller.ask((limit,), START_US, 1, 10**7)
+    caller.refund((limit,), START_US, 1, a.marks)
+
+    assert b.wait_us == 1_000_000
+    assert caller.ask((limit,), START_US, 1, 10**7).wait_us == 2_000_000
+
+
+def test_a_reservation_that_is_given_back_is_free_for_the_next() -> None:
+    """However often somebody reserves and thinks better of it; but not the place of one who came after him."""
+    limit = RateLimit("1/s", burst=1)
+    caller = Caller()
+    caller.ask((limit,), START_US, 1)
+    for _ in range(5):
+        b = caller.ask((limit,), START_US, 1, 10**7)
+        assert b.wait_us == 1_000_000
+        caller.refund((limit,), START_US, 1, b.marks)
+    b = caller.ask((limit,), START_US, 1, 10**7)
+    caller.ask((limit,), START_US, 1, 10**7)
+    caller.refund((limit,), START_US, 1, b.marks)
+
+    assert caller.ask((limit,), START_US, 1, 10**7).wait_us == 3_000_000

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from petiole.coordination import Allowed, Limited, RateLimit
@@ -19,19 +19,29 @@ limits = st.builds(
 steps = st.lists(
     st.tuples(
         st.integers(0, 3),  # process
-        st.one_of(st.just(0), st.integers(0, 50_000), st.integers(0, 1_200_000)),
-        st.integers(1, 4),  # cost
-        st.integers(0, 300_000),  # how long the question is under way before it is charged
+        st.sampled_from([0, 0, 0.25, 0.5, 1, 2, 4]),  # leases that pass before it asks
+        st.integers(1, 3),  # cost
+        st.sampled_from([1, 1, 60]),  # how often it asks
+        st.sampled_from([0, 0, 0.3]),  # leases that pass while the question is under way
     ),
-    min_size=5,
-    max_size=60,
+    min_size=4,
+    max_size=16,
 )
 
 
-@settings(max_examples=300, deadline=None)
+def as_late_as_possible(leases: int) -> list[tuple[int, float, int, int, float]]:
+    """Each process takes a lease and uses one token; later all of them use what they have, and ask for more."""
+    first, *others = range(4)
+    everything = [(first, leases, 1, 60, 0.0), *((process, 0.0, 1, 60, 0.0) for process in others)]
+    return [*((process, 0.0, 1, 1, 0.0) for process in range(4)), *everything]
+
+
+@example(limit=RateLimit("10/s", burst=40), schedule=as_late_as_possible(1), tokens=8)
+@example(limit=RateLimit("10/s", burst=40), schedule=as_late_as_possible(2), tokens=8)
+@settings(max_examples=400, deadline=None)
 @given(limit=limits, schedule=steps, tokens=st.integers(1, 8))
 def test_no_schedule_of_several_processes_uses_more_than_the_bound(
-    limit: RateLimit, schedule: list[tuple[int, int, int, int]], tokens: int
+    limit: RateLimit, schedule: list[tuple[int, float, int, int, float]], tokens: int
 ) -> None:
     """Four processes that ask slowly and use late: in no window is more used than the limit declares."""
     try:
@@ -43,16 +53,18 @@ def test_no_schedule_of_several_processes_uses_more_than_the_bound(
     model, processes = Smooth(), [TokenLeases(lasting_us) for _ in range(4)]
     used: list[tuple[int, int]] = []
     now_us = START_US
-    for process, advance_us, cost, under_way_us in schedule:
-        now_us += advance_us
+    for process, waits, cost, times, under_way in schedule:
+        now_us += int(waits * lasting_us - 1) if waits else 0
         leases, cost = processes[process], min(cost, burst)
-        found = leases.take("key", cost, now_us)
-        if isinstance(found, tuple):
-            used.append((now_us, cost))
-        elif found is None:
-            asked_us = now_us
-            now_us += under_way_us  # others see the charge from here on
-            if model.earliest(smaller, now_us, cost) == now_us:
+        for _ in range(times):
+            found = leases.take("key", cost, now_us)
+            if isinstance(found, tuple):
+                used.append((now_us, cost))
+            elif found is None:
+                asked_us = now_us
+                now_us += int(under_way * lasting_us)  # others see the charge from here on
+                if model.earliest(smaller, now_us, cost) > now_us:
+                    break
                 charged = max(cost, min(tokens, model.left(smaller, now_us)[0]))
                 model.charge(smaller, now_us, charged, now_us)
                 used.append((now_us, cost))

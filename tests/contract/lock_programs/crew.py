@@ -116,10 +116,23 @@ class Crew:
         """Wait until a process has said a word so often."""
         self.until(lambda: self.count(number, word) >= times, f"process {number} says {word!r}, {times} times")
 
-    def hear_more(self, word: str, times: int = 1) -> int:
-        """Wait until a word is said so often from now on, by whomever; who said it last."""
+    def hear_more(self, word: str, times: int = 1, *, meanwhile: Callable[[], object] = bool) -> int:
+        """Wait until a word is said so often from now on, by whomever; who said it last.
+
+        Arguments:
+            meanwhile: called again and again.
+        """
         at = len(self.said)
-        self.until(lambda: sum(said == word for _, said in self.said[at:]) >= times, f"anybody says {word!r}")
+
+        def said() -> bool:
+            meanwhile()
+            return sum(said == word for _, said in self.said[at:]) >= times
+
+        with self._program.heard:
+            for _ in range(int(MAY_TAKE_S / 0.05)):
+                if self._program.heard.wait_for(lambda: said() or self.deaths(), 0.05):
+                    break
+        self.until(said, f"anybody says {word!r}")
         return next(number for number, said in reversed(self.said) if said == word)
 
     def deaths(self) -> list[str]:
@@ -219,25 +232,23 @@ class Storm:
     def blow(self, *faults: str, times: int) -> None:
         """Each fault comes after somebody has begun to hold."""
         for _ in range(times):
-            holder = self.crew.hear_more("began", self.chance.choice([1, 2, 5]))
+            holder = self.crew.hear_more("began", self.chance.choice([1, 2, 5]), meanwhile=self._wake)
             awake = [number for number in self.crew.alive if number not in self._paused]
             victim = holder if holder in awake and self.chance.random() < 0.5 else self.chance.choice(awake)
             fault = self.chance.choice(faults)
             self.done[fault] += 1
             getattr(self, f"_{fault}")(victim)
-            self._resume(beyond_the_lease=False)
-        self._resume(beyond_the_lease=True)
-
-    def _resume(self, *, beyond_the_lease: bool) -> None:
-        """Wake those who have slept for longer than their lease; or all, then."""
+            self._wake()
         while self._paused:
-            due = [number for number, since in self._paused.items() if time.monotonic() - since > self.ttl_s * 1.3]
-            for number in due:
+            self._wake()
+            threading.Event().wait(0.01)
+
+    def _wake(self) -> None:
+        """Those who have slept for longer than their lease. (Who sleeps may hold the database, too.)"""
+        for number, since in list(self._paused.items()):
+            if time.monotonic() - since > self.ttl_s * 1.3:
                 del self._paused[number]
                 self.crew.resume(number)
-            if not beyond_the_lease:
-                return
-            threading.Event().wait(0.01)
 
     def _kill(self, victim: int) -> None:
         self.crew.kill(victim)
