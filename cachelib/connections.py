@@ -73,10 +73,13 @@ class Health:
 
 
 class Closeable(Protocol):
-    """Something that has a connection of its own."""
+    """Something that ends with the connections."""
+
+    def closing(self) -> None:
+        """The connections are going to be closed: the last moment to say something."""
 
     def close(self) -> None:
-        """Close it."""
+        """The connections are closed: close what is open besides."""
 
 
 class Connections:
@@ -138,6 +141,10 @@ class Connections:
     def slot(self, name: str) -> int:
         """The cluster's slot of a key; 0 where there is no cluster, for there all keys are in one place."""
         return slot_of_key(name) if self.is_cluster else 0
+
+    def node(self, slot: int) -> Node | None:
+        """The node of a cluster that has a slot, as far as is known; ``None`` without a cluster. Asks nobody."""
+        return self._slots.owner(slot) if self._slots is not None and self._slots.known else None
 
     def scan(self, pattern: str, count: int = 1_000) -> Iterator[bytes]:
         """The keys that match a pattern, of every primary where there are several, by SCAN.
@@ -213,6 +220,9 @@ class Connections:
 
     def close(self) -> None:
         """Close every client, and stop the embedded server if there is one. May be called twice."""
+        if not self._closed:
+            for owned in list(self._owned):
+                owned.closing()
         with self._lock:
             self._closed = True
             clients, self._clients = list(self._clients.values()), {}

@@ -11,13 +11,16 @@ import os
 import socket
 import threading
 import time
-from threading import Event, current_thread
+from threading import Event
 from types import TracebackType
+
+from redis.exceptions import NoPermissionError, ResponseError
 
 from ..cachelib.circuit import UNAVAILABLE
 from ..cachelib.counters import Counters
 from ..cachelib.durations import Duration, milliseconds
 from ..cachelib.tokens import Tokens
+from .entered import Entered, calling_frame, owner_here
 from .errors import LockLost, LockReentered, LockTimeout, LockUnavailable, NotReplicated, PermitsExceeded
 from .hold import NOT_OURS, Busy, Hold, Terms, valid_for_s
 from .keeper import keeper_of
@@ -80,6 +83,7 @@ class Acquirable:
         self._alone = alone  # a thread that holds it and waits for more would wait for itself
         self._counters = Counters()
         self._mine = threading.local()
+        self._entered: Entered[Hold] = Entered()
         self._labels: dict[int, str] = {}
         self._line: Line | None = None
 
@@ -102,15 +106,22 @@ class Acquirable:
         return self.try_acquire_units(self._units)
 
     def __enter__(self) -> Hold:
-        hold = self.acquire_units(self._units, None)
-        self._entered().append(hold)
-        return hold
+        hold: Hold | None = None
+        try:
+            hold = self.acquire_units(self._units, None)
+            self._entered.push(hold)
+            return hold
+        except BaseException:  # out of a signal handler, between two lines
+            if hold is not None:
+                self._entered.drop(hold)
+                hold.abandon()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Release it. Raises ``LockLost`` when it was lost meanwhile and nothing else is being raised."""
-        hold = self._entered().pop()
+        hold = self._entered.pop()
         try:
             hold.__exit__(kind, error, trace)
         except LockLost:
@@ -143,13 +154,6 @@ class Acquirable:
         whole = {name: float(counts.get(name, 0)) for name in ("holds", "waits", "timeouts", "losses", "overages")}
         return whole | {"wait_s": counts.get("wait_us", 0) / 1e6, "hold_s": counts.get("hold_us", 0) / 1e6}
 
-    def _entered(self) -> list[Hold]:
-        try:
-            stack: list[Hold] = self._mine.stack
-        except AttributeError:
-            stack = self._mine.stack = []
-        return stack
-
     def _label(self) -> str:
         """Of this process: a forked child is another."""
         process = os.getpid()
@@ -161,50 +165,61 @@ class Acquirable:
     def try_acquire_units(self, units: int) -> Hold | Busy:
         """``try_acquire`` for another number of units."""
         again = self._again()
-        return again if again is not None else self._first(_tokens.next(), units)
+        if again is not None:
+            return again
+        token = _tokens.next()
+        try:
+            return self._first(token, units)
+        except BaseException as error:
+            self._keeper.undo(self._store, token, self._terms.lease_ms)
+            if (unavailable := self._unavailable(error)) is not None:
+                raise unavailable from error
+            raise
 
     def acquire_units(self, units: int, timeout_s: float | None) -> Hold:
         """``acquire`` for another number of units."""
         again = self._again()
         if again is not None:
             return again
-        token, began = _tokens.next(), time.monotonic()
-        until = math.inf if timeout_s is None else began + timeout_s
-        line = self._line
-        if line is None or not line.up:  # nobody had to wait here lately: asking for a place can wait
-            first = self._first(token, units)
-            if isinstance(first, Hold):
-                return first
-            line = None
+        token, until = _tokens.next(), math.inf if timeout_s is None else time.monotonic() + timeout_s
         try:
+            line = self._line
+            if line is None or not line.up:  # nobody had to wait here lately: asking for a place can wait
+                first = self._first(token, units)
+                if isinstance(first, Hold):
+                    return first
+                line = None
             hold = self._wait(token, units, until, line)
-        except BaseException:
-            self._keeper.give_back(self._store, token, self._terms.lease_ms, repeatedly=True)
+            if hold is not None:
+                return hold
+        except BaseException as error:  # also out of a signal handler, between two lines: nothing stays behind
+            self._keeper.undo(self._store, token, self._terms.lease_ms)
+            if (unavailable := self._unavailable(error)) is not None:
+                raise unavailable from error
             raise
-        if hold is None:
-            self._counters.add("timeouts")
-            raise LockTimeout(self.what, timeout_s or 0.0)
-        return hold
+        self._counters.add("timeouts")
+        raise LockTimeout(self.what, timeout_s or 0.0)
+
+    def _unavailable(self, error: BaseException) -> LockUnavailable | None:
+        """An error of the server's as one of ours."""
+        if isinstance(error, UNAVAILABLE) or (isinstance(error, RuntimeError) and self._redis.closed):
+            refused = isinstance(error, ResponseError)
+            return LockUnavailable(self.what, self._redis.address, error, refused=refused)
+        return None
 
     def _again(self) -> Hold | None:
-        """What this thread holds already, where it may hold it twice."""
+        """What this owner holds already, where it may hold it twice."""
         if not self._reentrant:
             return None
-        hold: Hold | None = getattr(self._mine, "hold", None)
-        return hold.reenter() if hold is not None and hold.held else None
+        hold, owner = getattr(self._mine, "hold", (None, None))
+        return hold.reenter() if hold is not None and hold.held and owner == owner_here() else None
 
     def _first(self, token: str, units: int) -> Hold | Busy:
-        """The first request, which asks for no place in the queue. Whoever does not get its answer holds nothing."""
+        """The first request, which asks for no place in the queue. Raises redis-py's errors."""
         sent = time.monotonic()
-        try:
-            taken = self._store.take(token, units, self._terms.lease_ms, "", self._label())
-            if taken.state == 1:
-                return self._held(token, units, taken.fence, sent + valid_for_s(self._terms.lease_ms))
-        except BaseException as error:
-            self._keeper.give_back(self._store, token, self._terms.lease_ms, repeatedly=True)
-            if isinstance(error, UNAVAILABLE):
-                raise LockUnavailable(self.what, self._redis.address, error) from error
-            raise
+        taken = self._store.take(token, units, self._terms.lease_ms, "", self._label())
+        if taken.state == 1:
+            return self._held(token, units, taken.fence, sent + valid_for_s(self._terms.lease_ms))
         self._refuse_never(taken, units)
         return Busy(max(0.0, (taken.ends_us - taken.now_us) / 1e6), taken.ahead)
 
@@ -232,8 +247,9 @@ class Acquirable:
                 except UNAVAILABLE as error:
                     now = time.monotonic()
                     silent_since = min(silent_since, now)
-                    if not waits or now >= until or now - silent_since > _PATIENCE_S:
-                        raise LockUnavailable(self.what, self._redis.address, error) from error
+                    in_vain = isinstance(error, NoPermissionError) or now - silent_since > _PATIENCE_S
+                    if not waits or now >= until or in_vain:
+                        raise
                     Event().wait(min(_PAUSE_S, until - now))
                 line = None
                 if time.monotonic() >= until:
@@ -244,7 +260,7 @@ class Acquirable:
                 self._counters.add("wait_us", int((time.monotonic() - began) * 1_000_000))
 
     def _begin_to_wait(self) -> bool:
-        if self._alone and self._keeper.held_by(self._store, current_thread()):
+        if self._alone and self._keeper.waits_for_itself(self._store):
             raise LockReentered(self.what)
         self._counters.add("waits")
         return True
@@ -284,9 +300,11 @@ class Acquirable:
 
     def _held(self, token: str, units: int, fence: int, deadline: float, *, by_another: bool = False) -> Hold:
         hold = Hold(self._store, self._keeper, self.what, token, fence, deadline, self._terms, self._counters, units)
+        if self._alone:
+            hold.frame = calling_frame(at_least=3)
         self._counters.add("holds")
         if self._reentrant:
-            self._mine.hold = hold
+            self._mine.hold = hold, owner_here()
         if self._replicas:
             self._confirm(hold, by_another)
         return hold
@@ -294,8 +312,11 @@ class Acquirable:
     def _confirm(self, hold: Hold, by_another: bool) -> None:
         """Have replicas confirm it, or give it back."""
         try:
-            if by_another:  # WAIT counts what this connection has written
-                hold.extend()
+            if by_another:  # WAIT counts what this thread's connection has written: a look writes
+                taken = self._store.take(hold.token, hold.units, self._terms.lease_ms, "", self._label())
+                if taken.state != 1 or taken.fence != hold.fence:
+                    hold.lose(NOT_OURS)
+                    hold.raise_if_lost()
             confirmed = self._store.confirm(self._replicas, _REPLICATION_MS)
         except BaseException:
             hold.release()

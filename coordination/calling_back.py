@@ -51,5 +51,5 @@ class CallingBack:
                 call = self._calls.popleft()
             try:
                 call()
-            except Exception:
+            except BaseException:  # sys.exit() too: the next one is to be called all the same
                 logger.exception("%r failed", call)

@@ -17,6 +17,14 @@ class LimiterUnavailable(CoordinationError):
         )
 
 
+class LimitExceeded(CoordinationError):
+    """A call was refused where only an allowed one can go on: ``with limiter.hit(key): ...``."""
+
+    def __init__(self, retry_after: float, by: str) -> None:
+        self.retry_after = retry_after
+        super().__init__(f"refused by {by}; try again in {retry_after:.3g} s")
+
+
 class LockError(CoordinationError):
     """Root of what goes wrong with locks, semaphores and whatever else is held."""
 
@@ -46,12 +54,13 @@ class LockLost(LockError):
 class LockUnavailable(LockError):
     """Nobody knows whether it is free, because Redis does not answer. It was not taken."""
 
-    def __init__(self, what: str, address: str, cause: BaseException) -> None:
+    def __init__(self, what: str, address: str, cause: BaseException, *, refused: bool = False) -> None:
         self.what = what
         self.address = address
         super().__init__(
-            f"{what} was not taken: Redis at {address} did not answer ({type(cause).__name__}: {cause}). "
-            "Nothing runs without the lock; try again when Redis is back"
+            f"{what} was not taken: Redis at {address} {'refused' if refused else 'did not answer'} "
+            f"({type(cause).__name__}: {cause}). Nothing runs without the lock; "
+            f"{'see what it says' if refused else 'try again when Redis is back'}"
         )
 
 

@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from threading import current_thread
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ..cachelib.circuit import UNAVAILABLE
@@ -32,6 +31,7 @@ _CLOCKS_DIFFER = 0.01
 SHORTEST_LEASE_MS, LONGEST_LEASE_MS = 100, 3_600_000
 
 NOT_OURS = "the server says that its lease is over"
+_NOT_CONFIRMED = "no renewal was confirmed in time"
 
 
 def lease_of(ttl: Duration) -> int:
@@ -107,7 +107,8 @@ class Hold:
         """A number above that of every earlier hold of the same thing."""
         self.units = units
         """How many permits."""
-        self.thread = current_thread()  # not its number, which another has when it has ended
+        self.frame: FrameType | None = None
+        """The function that acquired it, where that matters, until it is held no more."""
         self.began = time.monotonic()
         self.renewal_due = 0.0
         self.store = store
@@ -119,7 +120,7 @@ class Hold:
         self._released = False
         self._entered = 1
         self._callbacks: list[Callable[[Hold], None]] = []
-        self._plan_renewal(self.began, terms.lease_ms)
+        self._plan_renewal(terms.lease_ms)
         keeper.keep(self)
 
     def __repr__(self) -> str:
@@ -142,9 +143,12 @@ class Hold:
     @property
     def lost(self) -> bool:
         """Whether somebody else may hold it by now. Asks nobody but the clock. Not of one that was released."""
-        if self._reason is None and not self._released and time.monotonic() >= self._deadline:
-            self.lose("no renewal was confirmed in time")
-        return self._reason is not None
+        if self._reason is not None:
+            return True
+        if self._released or time.monotonic() < self._deadline:
+            return False
+        self.lose(_NOT_CONFIRMED)  # another thread may be in the middle of it: the clock has said it all the same
+        return True
 
     @property
     def held(self) -> bool:
@@ -154,7 +158,7 @@ class Hold:
     def raise_if_lost(self) -> None:
         """Raise ``LockLost`` when somebody else may hold it by now. Costs no round trip."""
         if self.lost:
-            raise LockLost(self.what, self.fence, self._reason or "")
+            raise LockLost(self.what, self.fence, self._reason or _NOT_CONFIRMED)
 
     def on_lost(self, callback: Callable[["Hold"], None]) -> None:
         """Have a function called with this hold, once, when it is lost; in a thread of its own.
@@ -169,13 +173,13 @@ class Hold:
         """Begin the lease anew, now; with one that is renewed by itself there is no need.
 
         Arguments:
-            ttl: how long from now. Default: the lease it was acquired with.
+            ttl: how long from now, ``max_hold`` at most. Default: the lease it was acquired with.
 
         Raises ``LockLost`` when it is not held any more, and ``LockUnavailable`` when Redis does not answer.
         """
         lease_ms = self._terms.lease_ms if ttl is None else lease_of(ttl)
         self.raise_if_not_held()
-        self._keeper.extend(self, lease_ms)
+        self._keeper.extend(self, min(lease_ms, self._most_ms(time.monotonic())))
         self.raise_if_not_held()
 
     def release(self) -> bool:
@@ -189,23 +193,29 @@ class Hold:
         if self._entered > 1 and not self.lost:
             self._entered -= 1
             return True
+        try:
+            return self._release()
+        except BaseException:  # out of a signal handler, say: nobody may come back to it
+            self.abandon()
+            raise
+
+    def _release(self) -> bool:
         was_valid = not self.lost
-        held_us = int((time.monotonic() - self.began) * 1_000_000)
-        self._counters.add("hold_us", held_us)
+        self._counters.add("hold_us", int((time.monotonic() - self.began) * 1_000_000))
         if not self._keeper.let_go(self):
             self._released = True
             self._counters.add("overages")
             return False
-        self._released = True
+        self._released, self.frame = True, None
         try:
-            return self.store.give(self.token)
+            held = self.store.give(self.token)
         except (*UNAVAILABLE, RuntimeError) as error:  # RuntimeError: the connections were closed
             logger.debug("%s is given back later: %s", self.what, error)
-            self._keeper.give_back(self.store, self.token, self._terms.lease_ms)
+            self._give_back()
             return was_valid
-        except BaseException:
-            self._keeper.give_back(self.store, self.token, self._terms.lease_ms)
-            raise
+        if not held:
+            self._was_lost(NOT_OURS)
+        return held
 
     def __enter__(self) -> Self:
         return self
@@ -214,8 +224,10 @@ class Hold:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Release it. Raises ``LockLost`` when it was lost meanwhile and nothing else is being raised."""
-        if not self.release() and error is None and self._reason is not None:
-            raise LockLost(self.what, self.fence, self._reason)
+        if self._released and self._reason is None:
+            return
+        if not self.release() and error is None:
+            raise LockLost(self.what, self.fence, self._reason or _NOT_CONFIRMED)
 
     def guard(self, connection: Any) -> None:
         """See to it, at the beginning of a SQL transaction, that no later hold has written before it.
@@ -249,9 +261,16 @@ class Hold:
         if self._released:
             raise LockLost(self.what, self.fence, "it was given back")
 
-    def _plan_renewal(self, now: float, lease_ms: int) -> None:
-        """When it is to be renewed next: after a third of its lease; never, if it is not."""
-        self.renewal_due = now + lease_ms / 3_000 if self._terms.renew else self._deadline
+    def _plan_renewal(self, lease_ms: int) -> None:
+        """When it is to be renewed next: when a third of its lease has gone; never, if it is not."""
+        due = self._deadline - lease_ms * 2 / 3_000
+        last_one = self._ends_at is not None and self._deadline >= self._ends_at - 0.05
+        self.renewal_due = due if self._terms.renew and not last_one else self._deadline
+
+    @property
+    def _ends_at(self) -> float | None:
+        """When it is renewed no more."""
+        return None if self._terms.max_hold_ms is None else self.began + self._terms.max_hold_ms / 1_000
 
     def postpone_renewal(self, now: float) -> None:
         """A renewal was not answered."""
@@ -261,37 +280,48 @@ class Hold:
         """For how long it is to be renewed at this moment; 0 when it is not."""
         if not self._terms.renew:
             return 0
-        if self._terms.max_hold_ms is None:
-            return self._terms.lease_ms
-        return max(0, min(self._terms.lease_ms, int(self._terms.max_hold_ms - (now - self.began) * 1_000)))
+        return min(self._terms.lease_ms, self._most_ms(now))
+
+    def _most_ms(self, now: float) -> int:
+        """How much longer it may be held."""
+        return LONGEST_LEASE_MS if self._ends_at is None else max(0, int((self._ends_at - now) * 1_000))
+
+    def _give_back(self) -> None:
+        """Have the keeper give it back, as long as the server may think that it is held."""
+        self.frame = None
+        left_ms = int((self._deadline - time.monotonic()) * 1_000)
+        self._keeper.give_back(self.store, self.token, max(self._terms.lease_ms, left_ms))
 
     @property
     def full_lease_ms(self) -> int:
         """The lease it was acquired with."""
         return self._terms.lease_ms
 
-    def renewed(self, deadline: float, now: float, lease_ms: int) -> None:
+    def renewed(self, deadline: float, lease_ms: int) -> None:
         """The server has confirmed it until then."""
         self._deadline = deadline
-        self._plan_renewal(now, lease_ms)
+        self._plan_renewal(lease_ms)
 
     def lose(self, reason: str) -> None:
         """It is not held any more, and was not released."""
         if self._keeper.let_go(self):
-            at_most = self._terms.max_hold_ms
-            if at_most is not None and (time.monotonic() - self.began) * 1_000 >= at_most * 0.9:
-                reason = f"it was held for max_hold ({at_most / 1_000:g} s)"
-            self._reason = reason
-            self._counters.add("losses")
-            logger.warning("%s (fence %d) was lost: %s", self.what, self.fence, reason)
-            self._keeper.give_back(self.store, self.token, self._terms.lease_ms)
-            self._call_back()
+            if self._ends_at is not None and self._deadline >= self._ends_at - 0.05 - self._terms.lease_ms / 50_000:
+                reason = f"it was held for max_hold ({(self._terms.max_hold_ms or 0) / 1_000:g} s)"
+            self._give_back()
+            self._was_lost(reason)
+
+    def _was_lost(self, reason: str) -> None:
+        self._reason = reason
+        self._counters.add("losses")
+        logger.warning("%s (fence %d) was lost: %s", self.what, self.fence, reason)
+        self._call_back()
 
     def abandon(self) -> None:
         """Renew it no more, and give it back soon: nobody will release it."""
-        if self._keeper.let_go(self):
+        self._keeper.let_go(self)
+        if self._reason is None:
             self._released = True
-            self._keeper.give_back(self.store, self.token, self._terms.lease_ms)
+            self._give_back()
 
     def forked(self) -> None:
         """This is a child's copy: the parent holds it."""

@@ -31,6 +31,7 @@ ASGIApplication = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[str, str]]
 
 _IPV6_HOST = 64  # bits that one subscriber, who is given a /64 network at least, may choose
+_EMPTY_KEY = "(empty)"
 _LONGEST_KEY = 128  # what is longer is hashed: a client may have written it
 _RETRY_WITHOUT_REDIS_S = 1
 _TRY_AGAIN_LATER = 1013  # of the close codes that IANA registers for WebSocket
@@ -100,7 +101,11 @@ def refusal(decision: Limited | LimiterUnavailable) -> Refusal:
     else:
         status, title, headers = 429, "Too Many Requests", decision.headers()
     after = next(value for name, value in headers if name == "Retry-After")
-    problem = {"type": "about:blank", "title": title, "status": status, "detail": f"Try again in {after} s."}
+    return _refusal(status, title, headers, f"Try again in {after} s.")
+
+
+def _refusal(status: int, title: str, headers: Headers, detail: str) -> Refusal:
+    problem = {"type": "about:blank", "title": title, "status": status, "detail": detail}
     body = json.dumps(problem).encode()
     headers = [*headers, ("Content-Type", "application/problem+json"), ("Content-Length", str(len(body)))]
     return Refusal(status, title, headers, body)
@@ -127,7 +132,9 @@ class _Gate:
         key = self._key(request)
         if key is None:
             return None
-        if isinstance(key, str) and len(key) > _LONGEST_KEY:
+        if key == "":  # an empty header, say: all of them together are one
+            key = _EMPTY_KEY
+        elif isinstance(key, str) and len(key) > _LONGEST_KEY:
             key = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=16).hexdigest()
         return key, self._cost(request) if callable(self._cost) else self._cost
 
@@ -138,6 +145,9 @@ class _Gate:
         except LimiterUnavailable as error:
             logger.warning("a request was answered with 503: %s", error)
             return refusal(error)
+        except ValueError as error:  # a cost that can never pass, or a key that cannot be one
+            logger.warning("a request was answered with 413: %s", error)
+            return _refusal(413, "Content Too Large", [], "It could never pass the limit.")
         return decision if isinstance(decision, Allowed) else refusal(decision)
 
     @staticmethod

@@ -20,9 +20,10 @@ from ..cachelib.circuit import UNAVAILABLE
 from ..cachelib.connections import Connections
 from ..cachelib.forks import renew_after_fork
 from .calling_back import CallingBack
+from .entered import is_running
 from .errors import LockUnavailable
 from .hold import NOT_OURS, Hold, valid_for_s
-from .turn_store import TurnStore, renew
+from .turn_store import TurnStore, renew, server_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -59,6 +60,9 @@ class Keeper:
         self._wakes_at = math.inf
         self._pause_s = _LONGEST_PAUSE_S
         self._wake = Event()
+        self._closed = False
+        self._renewing = RLock()
+        """Renewals, one after another: of two that cross each other the answers could come in another order."""
         self._lock = RLock()  # a signal handler may come in between
         self.calling_back = CallingBack()
         """Of those who want to know that something was lost."""
@@ -70,7 +74,7 @@ class Keeper:
 
     def renew_after_fork(self) -> None:
         """What the parent holds, the parent holds: a child has none of it."""
-        self._lock, self._wake = RLock(), Event()
+        self._lock, self._renewing, self._wake = RLock(), RLock(), Event()
         self._thread, self._wakes_at = None, math.inf
         holds, self._holds, self._orphans = self._holds, {}, {}
         for hold in holds.values():
@@ -86,9 +90,19 @@ class Keeper:
         """Keep it no more. Whether it was kept: of several that ask, one is told so."""
         return self._holds.pop(hold.token, None) is not None
 
-    def held_by(self, store: TurnStore, thread: Thread) -> bool:
-        """Whether a thread of this process holds this very thing."""
-        return any(hold.store.name == store.name and hold.thread is thread for hold in list(self._holds.values()))
+    def waits_for_itself(self, store: TurnStore) -> bool:
+        """Whether a function that is running on this very stack holds it."""
+        for hold in list(self._holds.values()):
+            if hold.store.name == store.name and (frame := hold.frame) is not None and is_running(frame):
+                return True
+        return False
+
+    def undo(self, store: TurnStore, token: str, lease_ms: int) -> None:
+        """An acquire has ended with an exception: whatever came of it is nobody's."""
+        hold = self._holds.get(token)
+        if hold is not None:
+            hold.abandon()
+        self.give_back(store, token, lease_ms, repeatedly=True)
 
     def give_back(self, store: TurnStore, token: str, lease_ms: int, *, repeatedly: bool = False) -> None:
         """Give back what a token may hold, or its place in the queue, as soon as the server answers.
@@ -100,11 +114,22 @@ class Keeper:
         self._orphans[token] = _Orphan(store, time.monotonic() + lease_ms / 1_000, repeatedly)
         self._have_thread()
 
-    def close(self) -> None:
-        """The connections are closed: nothing can be renewed any more."""
-        self._orphans.clear()
+    def closing(self) -> None:
+        """The connections are going to be closed: all that is held is lost, and given back in one attempt."""
+        self._closed = True
         for hold in list(self._holds.values()):
             hold.lose("its connections were closed")
+        for token, orphan in list(self._orphans.items()):
+            self._orphans.pop(token, None)
+            try:
+                orphan.store.give(token, briefly=True)
+            except (*UNAVAILABLE, RuntimeError) as error:
+                logger.debug("%s and what else was held end with their leases: %s", orphan.store.name, error)
+                break
+
+    def close(self) -> None:
+        """The connections are closed: the thread ends."""
+        self._orphans.clear()
         self._wake.set()
 
     def extend(self, hold: Hold, lease_ms: int) -> None:
@@ -112,18 +137,18 @@ class Keeper:
         redis = self._redis()
         if redis is None:
             raise RuntimeError("the connections are gone")
-        sent = time.monotonic()
-        try:
-            (held,) = renew(redis, [(hold.store.name, hold.token, lease_ms)])
-        except UNAVAILABLE as error:
-            raise LockUnavailable(hold.what, redis.address, error) from error
-        self._answered(hold, held, sent, lease_ms)
+        with self._renewing:
+            sent = time.monotonic()
+            try:
+                (held,) = renew(redis, [(hold.store.name, hold.token, lease_ms)])
+            except UNAVAILABLE as error:
+                raise LockUnavailable(hold.what, redis.address, error) from error
+            self._answered(hold, held, sent, lease_ms)
         if hold.renewal_due < self._wakes_at:
             self._have_thread()
 
     def _have_thread(self) -> None:
-        redis = self._redis()
-        if redis is None or redis.closed:
+        if self._closed:
             return
         with self._lock:
             self._wake.set()
@@ -150,10 +175,11 @@ class Keeper:
             redis = self._redis()
             if redis is None or redis.closed:
                 break
-            self._give_orphans_back()
-            self._renew_due(redis)
+            silent: set[object] = set()  # servers that did not answer: one of them must not keep the others waiting
+            self._renew_due(redis, silent)
+            self._give_orphans_back(redis, silent)
             del redis
-        self.close()
+        self.closing()
         with self._lock:
             self._thread, self._wakes_at = None, math.inf
 
@@ -174,23 +200,25 @@ class Keeper:
         due += [orphan.due for orphan in list(self._orphans.values())]
         return min([*due, now + self._pause_s])
 
-    def _give_orphans_back(self) -> None:
+    def _give_orphans_back(self, redis: Connections, silent: set[object]) -> None:
         now = time.monotonic()
         for token, orphan in list(self._orphans.items()):
-            if orphan.due > now:
+            server = server_of(redis, orphan.store.slot)
+            if orphan.due > now or server in silent:
                 continue
             try:
-                orphan.store.give(token)
+                orphan.store.give(token, briefly=True)
                 again_s = _GIVE_AGAIN_S if orphan.repeatedly else math.inf
             except (*UNAVAILABLE, RuntimeError) as error:  # RuntimeError: closed meanwhile
                 logger.debug("%s was not given back: %s", orphan.store.name, error)
+                silent.add(server)
                 again_s = _TRY_AGAIN_S
             if now + again_s < orphan.until:
                 self._orphans[token] = orphan._replace(due=now + again_s)
             else:
                 self._orphans.pop(token, None)
 
-    def _renew_due(self, redis: Connections) -> None:
+    def _renew_due(self, redis: Connections, silent: set[object]) -> None:
         now = time.monotonic()
         due: list[tuple[Hold, int]] = []
         for hold in list(self._holds.values()):
@@ -203,9 +231,17 @@ class Keeper:
                 else:
                     hold.renewal_due = hold.deadline
         for batch in _batches(redis, due):
-            self._renew(redis, batch)
+            server = server_of(redis, batch[0][0].store.slot)
+            if server in silent:
+                for hold, _ in batch:
+                    hold.postpone_renewal(time.monotonic())
+                continue
+            with self._renewing:
+                if not self._renew(redis, batch):
+                    silent.add(server)
 
-    def _renew(self, redis: Connections, batch: "Sequence[tuple[Hold, int]]") -> None:
+    def _renew(self, redis: Connections, batch: "Sequence[tuple[Hold, int]]") -> bool:
+        """Renew several. Whether the server has answered."""
         sent = time.monotonic()
         try:
             answers = renew(redis, [(hold.store.name, hold.token, lease_ms) for hold, lease_ms in batch])
@@ -213,9 +249,10 @@ class Keeper:
             logger.warning("%s and %d more were not renewed: %s", batch[0][0].what, len(batch) - 1, error)
             for hold, _ in batch:
                 hold.postpone_renewal(time.monotonic())
-            return
+            return False
         for (hold, lease_ms), held in zip(batch, answers, strict=True):
             self._answered(hold, held, sent, lease_ms)
+        return True
 
     def _answered(self, hold: Hold, held: bool, sent: float, lease_ms: int) -> None:
         if hold.token not in self._holds:
@@ -223,7 +260,7 @@ class Keeper:
         if not held:
             hold.lose(NOT_OURS)
         elif not hold.lost:
-            hold.renewed(sent + valid_for_s(lease_ms), time.monotonic(), lease_ms)
+            hold.renewed(sent + valid_for_s(lease_ms), lease_ms)
 
 
 def _batches(redis: Connections, due: "Sequence[tuple[Hold, int]]") -> "Iterator[Sequence[tuple[Hold, int]]]":

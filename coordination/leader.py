@@ -66,13 +66,13 @@ class _Candidacy(TurnStore):
         self.stopping = True
         if self._told_at is None:
             return
-        channel, token = self._told_at
+        (channel, token), slot = self._told_at, self.redis.slot(self.name)  # not ours, which raises in a callback
         with suppress(RuntimeError):  # the connections are closed: nobody waits any more
             try:
-                node_of(self.redis, self.slot).publish(channel, f"{token} 0 0")
+                node_of(self.redis, slot).publish(channel, f"{token} 0 0")
             except UNAVAILABLE:
                 with suppress(*UNAVAILABLE):
-                    wakeups_of(self.redis).line(self.slot).close()
+                    wakeups_of(self.redis).line(slot).close()
 
 
 class _Campaign:
@@ -244,11 +244,9 @@ class Leader:
             except _Stopped:
                 return
             except (LockError, *UNAVAILABLE) as error:
-                logger.warning("%s", error)
-            except RuntimeError as error:
                 if self._redis.closed:
                     return
-                logger.warning("%s: %s", campaign.lock.what, error)
+                logger.warning("%s", error)
             else:
                 self._lead(campaign, hold)
                 continue

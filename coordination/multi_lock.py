@@ -14,6 +14,7 @@ from typing import Self
 
 from ..cachelib.connections import Connections
 from ..cachelib.durations import Duration, milliseconds
+from .entered import Entered
 from .errors import LockTimeout
 from .hold import Busy, Hold
 from .lock import Lock
@@ -139,7 +140,7 @@ class MultiLock:
         """Without duplicates, in the order in which they are acquired."""
         self._redis = redis
         self._locks = {name: Lock(redis, name, ttl=ttl, max_hold=max_hold, owner=owner) for name in self.names}
-        self._mine = threading.local()
+        self._entered: Entered[MultiHold] = Entered()
 
     def __repr__(self) -> str:
         return f"<MultiLock {list(self.names)} at {self._redis.address}>"
@@ -178,14 +179,14 @@ class MultiLock:
 
     def __enter__(self) -> MultiHold:
         hold = self.acquire()
-        self._entered().append(hold)
+        self._entered.push(hold)
         return hold
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Release all. Raises ``LockLost`` when one was lost meanwhile and nothing else is being raised."""
-        self._entered().pop().__exit__(kind, error, trace)
+        self._entered.pop().__exit__(kind, error, trace)
 
     def _acquire(self, until: float | None, timeout_s: float | None) -> MultiHold | None:
         """One round. None when one was lost while others were waited for: then none is held, and the round is void."""
@@ -204,13 +205,6 @@ class MultiLock:
                 return None
             undo.pop_all()
         return every
-
-    def _entered(self) -> list[MultiHold]:
-        try:
-            stack: list[MultiHold] = self._mine.stack
-        except AttributeError:
-            stack = self._mine.stack = []
-        return stack
 
 
 def _in_order(names: Iterable[str]) -> tuple[str, ...]:

@@ -42,7 +42,8 @@ class CoordinationCollector(Collector):
     ``petiole_ratelimiter_limited_total`` and so on, with the label ``name``. They count what *this process* did.
 
     Arguments:
-        counted: whose counts are told. Names are labels: a lock per order wants a collector of its own, or none.
+        counted: whose counts are told; those of one kind and name are added up. Names are labels: locks that are called
+            after orders or users would make too many.
     """
 
     def __init__(self, *counted: Counted) -> None:
@@ -54,12 +55,15 @@ class CoordinationCollector(Collector):
 
     def collect(self) -> Iterator[Any]:
         """The metrics as they are now."""
-        families: dict[str, CounterMetricFamily] = {}
+        totals: dict[tuple[str, str], dict[str, float]] = {}
         for one in self._counted:
             kind = type(one).__name__.lower()
             for name, count in one.stats().items():
                 metric = f"petiole_{kind}_{name.removesuffix('_s') + '_seconds' if name.endswith('_s') else name}"
-                if metric not in families:
-                    families[metric] = CounterMetricFamily(metric, _HELP.get(name, name), labels=["name"])
-                families[metric].add_metric([one.name], count)
-        return iter(families.values())
+                by_name = totals.setdefault((metric, name), {})
+                by_name[one.name] = by_name.get(one.name, 0) + count
+        for (metric, name), by_name in totals.items():
+            family = CounterMetricFamily(metric, _HELP.get(name, name), labels=["name"])
+            for label, total in by_name.items():
+                family.add_metric([label], total)
+            yield family

@@ -272,13 +272,13 @@ class Caller:
 
     def ask(self, limits: tuple[RateLimit, ...], now_us: int, cost: int, within_us: int = 0) -> Answer:
         """Charge a call to all limits, at the earliest time that suits all, if that is within so many microseconds."""
-        waits = [self._of(limit).earliest(limit, now_us, cost) - now_us for limit in limits]
+        waits = [self._of(limit).earliest(limit, now_us, _price(limit, cost)) - now_us for limit in limits]
         wait_us = max(waits)
         if wait_us > within_us:
             refusing = waits.index(wait_us)
             left = self._of(limits[refusing]).left(limits[refusing], now_us)
             return Answer(refusing + 1, wait_us, refusing + 1, *left, [])
-        marks = [self._of(limit).charge(limit, now_us, cost, now_us + wait_us) for limit in limits]
+        marks = [self._of(limit).charge(limit, now_us, _price(limit, cost), now_us + wait_us) for limit in limits]
         lefts = [self._of(limit).left(limit, now_us) for limit in limits]
         tightest = min(range(len(limits)), key=lambda i: lefts[i][0])
         return Answer(0, wait_us, tightest + 1, *lefts[tightest], marks)
@@ -286,7 +286,7 @@ class Caller:
     def owe(self, limits: tuple[RateLimit, ...], now_us: int, cost: int) -> None:
         """Charge what has been spent, to each limit as soon as it admits it."""
         for limit in limits:
-            left = cost if limit.kind != "c" else 0
+            left = cost if limit.kind != "c" and not limit.by_call else 0
             while left:
                 part = min(left, limit.arguments()[1])
                 self._of(limit).charge(limit, now_us, part, self._of(limit).earliest(limit, now_us, part))
@@ -295,10 +295,14 @@ class Caller:
     def refund(self, limits: tuple[RateLimit, ...], now_us: int, cost: int, marks: list[Marks]) -> None:
         """Take a charge back."""
         for limit, mark in zip(limits, marks, strict=True):
-            self._of(limit).refund(limit, now_us, cost, mark)
+            self._of(limit).refund(limit, now_us, _price(limit, cost), mark)
 
     def _of(self, limit: RateLimit) -> Model:
         return self.models.setdefault(limit.part, MODELS[limit.kind]())
+
+
+def _price(limit: RateLimit, cost: int) -> int:
+    return 1 if limit.by_call else cost
 
 
 def _interval(limit: RateLimit) -> Fraction:

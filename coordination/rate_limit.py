@@ -9,12 +9,14 @@ The invariant that all algorithms keep: whatever comes when, no window of time s
 import math
 import re
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal, Self
+from typing import Literal, NoReturn, Self
 
 from ..cachelib.durations import Duration, milliseconds
 from . import keys
+from .errors import LimitExceeded
 
 LONGEST_BURST_US = 4 * 10**15  # added to the time of day it stays below 2^53, where Lua still counts exactly
 FARTHEST_US = 3 * 10**14  # nine years: nobody reserves, or owes, further ahead than this
@@ -49,11 +51,14 @@ class RateLimit:
     Arguments:
         rate: ``"count/period"``; the period is s, m, h or d, with a number before it if need be.
         burst: how many may come at once. Default: ``count``.
-        name: tells the limit's state apart, where two limits of a limiter have the same kind and period; and keeps the
-            state when the period is changed.
+        name: tells the limit's state apart, where two limits of a limiter have the same kind and period.
 
     A limit may be changed while it is in use: its state is found by its name, or by kind and period, and never by
-    count or burst. Raises ``ValueError`` for a rate that cannot be read, is zero, or is above one call a microsecond.
+    count or burst. A smooth limit then keeps how long it takes until all is paid off (so who has used half of a burst
+    has half of the new one left), a log and buckets keep the calls, a fixed window what was used in it. In the moment
+    of a change a window of time may see what both limits together admit.
+
+    Raises ``ValueError`` for a rate that cannot be read, is zero, or is above one call a microsecond.
     """
 
     rate: str
@@ -68,6 +73,8 @@ class RateLimit:
     """The steady rate: calls, and microseconds for them, in lowest terms. Of a smooth limit."""
     buckets: int
     offset_us: int
+    by_call: bool
+    """Whether a call counts as one, whatever it costs."""
     part: str
     """What the names of its keys end in."""
 
@@ -179,6 +186,24 @@ class RateLimit:
         limit._fill("c", f"{count} at once", count, milliseconds(lease, "lease") * 1_000, count, name)
         return limit
 
+    def of_calls(self) -> Self:
+        """The same limit, which counts every call as one, whatever it costs.
+
+        >>> provider = RateLimiter(redis, "provider", [RateLimit("60/m").of_calls(), RateLimit("90000/m")])
+        >>> provider.hit("key", cost=1_500)  # one request, of so many tokens
+
+        ``settle`` leaves it alone. Its state is another than that of the limit that counts costs.
+        """
+        limit = copy(self)
+        object.__setattr__(limit, "by_call", self.kind != "c")
+        object.__setattr__(limit, "part", keys.rate_part(limit.code, self.period_us, self.name))
+        return limit
+
+    @property
+    def code(self) -> str:
+        """The kind, as the scripts are told it: in capitals where calls are counted."""
+        return self.kind.upper() if self.by_call else self.kind
+
     def __str__(self) -> str:
         return self.rate
 
@@ -193,7 +218,8 @@ class RateLimit:
         }[self.kind]
         if self.kind == "g" and self.pace != _lowest(self.count, self.period_us):
             how = f"at most {how}"
-        return f"<RateLimit {how}{f', name={self.name!r}' if self.name else ''}>"
+        calls = " of calls" if self.by_call else ""
+        return f"<RateLimit {how}{calls}{f', name={self.name!r}' if self.name else ''}>"
 
     def bound(self, window: Duration) -> int:
         """The most that can be admitted in any window of that length, of which one end is included.
@@ -237,11 +263,11 @@ class RateLimit:
         match self.kind:
             case "g":
                 whole, rest, parts = self.interval_us
-                return "g", self.burst, whole, rest, parts
+                return self.code, self.burst, whole, rest, parts
             case "b":
-                return "b", self.count, -(-self.period_us // self.buckets), 0, self.buckets
+                return self.code, self.count, -(-self.period_us // self.buckets), 0, self.buckets
             case _:
-                return self.kind, self.count, self.period_us, self.offset_us, 1
+                return self.code, self.count, self.period_us, self.offset_us, 1
 
     def _fill(
         self,
@@ -275,6 +301,7 @@ class RateLimit:
             ("pace", pace),
             ("buckets", buckets),
             ("offset_us", offset_us),
+            ("by_call", False),
             ("part", keys.rate_part(kind, period_us, name)),
         ):
             object.__setattr__(self, field_name, value)
@@ -366,6 +393,13 @@ class Limited:
     def __bool__(self) -> bool:
         return False
 
+    def __enter__(self) -> NoReturn:
+        """Raise ``LimitExceeded``: what is inside ``with limiter.hit(key):`` is for calls that were allowed."""
+        raise LimitExceeded(self.retry_after, repr(self.by) if self.by else self.reason)
+
+    def __exit__(self, *_: object) -> None:
+        """Never reached."""
+
     def headers(self) -> list[tuple[str, str]]:
         """What an HTTP response (429) says of it."""
         found = _headers(self.by, self.limits, self.remaining, self.reset_after)
@@ -427,7 +461,7 @@ def check_limits(limits: tuple[RateLimit, ...]) -> None:
 
 def highest_cost(limits: tuple[RateLimit, ...]) -> int:
     """The most that one call may cost under all of them. A permit is one, whatever a call costs."""
-    return min((limit.burst for limit in limits if limit.kind != "c"), default=LARGEST_PRODUCT)
+    return min((limit.burst for limit in limits if limit.kind != "c" and not limit.by_call), default=LARGEST_PRODUCT)
 
 
 def check_cost(cost: int, highest: int, who: object) -> None:

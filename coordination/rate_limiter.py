@@ -57,7 +57,7 @@ class RateLimiter:
     Promises: no limit's bound (see ``RateLimit.bound``) is exceeded, by any number of processes, whatever their clocks
     say. A refused call is charged to no limit. The answer names the limit that refused: of several, the one that asks
     for the longest wait. A limit may be changed while it is in use, by a limiter of the same name with other limits:
-    what was admitted before still counts.
+    its state goes on (see ``RateLimit``).
 
     Non-promises: what Redis forgets (a restart without persistence, an eviction) is admitted again. What a call turns
     out to cost beyond what was charged for it (``settle``) is held against those who come later, not prevented.
@@ -129,8 +129,8 @@ class RateLimiter:
 
         >>> limiter.with_limits([RateLimit("1000/m")]).hit("user:7")
 
-        What was admitted under the old limits still counts under the new ones of the same name, or of the same kind and
-        period. Better made once per plan than once per call.
+        The state of the old limits goes on under the new ones of the same name, or of the same kind and period. Made
+        once per plan, not once per call. A caller who is asked for by two plans in turns may get what both admit.
         """
         other = RateLimiter(self._redis, self.name, limits, on_error=self._on_error, lease_tokens=self._lease_tokens)
         other._counters = self._counters
@@ -296,8 +296,9 @@ class RateLimiter:
         if receipt is None or actual_cost == estimate:
             return
         if actual_cost < estimate:
-            rated = tuple(limit for limit in receipt.limits if limit.kind != "c")
-            self._give_back(receipt, estimate - actual_cost, rated)
+            rated = tuple(limit for limit in receipt.limits if limit.kind != "c" and not limit.by_call)
+            if rated:
+                self._give_back(receipt, estimate - actual_cost, rated)
             return
         try:
             self._ask("owe", receipt.key, actual_cost - estimate, FARTHEST_US, "")

@@ -23,6 +23,7 @@ from ..cachelib.counters import Counters
 from ..cachelib.durations import Duration, milliseconds
 from ..cachelib.tokens import Tokens
 from .acquiring import label_of
+from .entered import Entered
 from .errors import LockLost, LockTimeout, LockUnavailable
 from .hold import Busy, Hold, Terms, valid_for_s
 from .keeper import keeper_of
@@ -237,7 +238,7 @@ class Redlock:
         label_of(owner)
         self._counters = Counters()
         self._silent: dict[_Store, float] = {}
-        self._mine = threading.local()
+        self._entered: Entered[RedlockHold] = Entered()
 
     def __repr__(self) -> str:
         return f"<Redlock {self.name!r} at {len(self._servers)} servers>"
@@ -290,14 +291,14 @@ class Redlock:
 
     def __enter__(self) -> RedlockHold:
         hold = self.acquire()
-        self._entered().append(hold)
+        self._entered.push(hold)
         return hold
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Release it. Raises ``LockLost`` when it was lost meanwhile and nothing else is being raised."""
-        self._entered().pop().__exit__(kind, error, trace)
+        self._entered.pop().__exit__(kind, error, trace)
 
     def _attempt(self, token: str, asked: list[tuple[_Store, str]]) -> RedlockHold | Busy:
         """Ask all, and have the highest fence stored by a majority.
@@ -384,13 +385,6 @@ class Redlock:
             if until <= now:
                 self._silent.pop(store, None)
         return sorted(enumerate(self._stores), key=lambda one: one[1] in self._silent)
-
-    def _entered(self) -> list[RedlockHold]:
-        try:
-            stack: list[RedlockHold] = self._mine.stack
-        except AttributeError:
-            stack = self._mine.stack = []
-        return stack
 
 
 def _independent(servers: Sequence[Connections]) -> tuple[Connections, ...]:

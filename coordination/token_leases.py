@@ -29,7 +29,7 @@ def lease_us(limits: tuple[RateLimit, ...], tokens: int) -> int:
         raise ValueError(f"lease_tokens={tokens!r} must be a whole number, 0 for none")
     shortest_us = LONGEST_US
     for limit in limits:
-        if limit.kind != "g":
+        if limit.kind != "g" or limit.by_call:
             raise ValueError(
                 f"tokens of {limit!r} cannot be handed out later than they are charged; "
                 "with lease_tokens write RateLimit(rate) or RateLimit.at_most(rate)"

@@ -13,6 +13,7 @@ RENEWING = Profile("renewing", answer_s=0.5, connect_s=0.5)
 """For renewals: a lease must not run out because one of them waits for its answer."""
 
 _MOST_SHOWN = 1_000
+_MOST_PREPARED = 32
 
 
 class Taken(NamedTuple):
@@ -32,7 +33,7 @@ class Taken(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """All that Redis knows of one thing at one moment."""
+    """All that Redis knows of one thing at one moment; of those who wait a thousand."""
 
     now_us: int
     state: dict[str, str]
@@ -93,13 +94,20 @@ class TurnStore:
                 least_fence=least_fence,
                 label=label,
             )
+            if len(self._takes) >= _MOST_PREPARED:
+                self._takes.clear()
             if not least_fence:
                 self._takes[units, lease_ms, channel, label] = prepared
         return prepared(self._client, token.encode())
 
-    def give(self, token: str) -> bool:
-        """Give back what a token holds, or its place. Whether it held until now. May be repeated."""
-        return bool(self._give(self._client, token.encode()))
+    def give(self, token: str, *, briefly: bool = False) -> bool:
+        """Give back what a token holds, or its place. Whether it held until now. May be repeated.
+
+        Arguments:
+            briefly: wait for the answer no longer than for that of a renewal.
+        """
+        client = self.redis.client(RENEWING) if briefly else self._client
+        return bool(self._give(client, token.encode()))
 
     def shrink(self, token: str, units: int) -> bool:
         """Give back all but so many of the units that a token holds. Whether it holds any. May be repeated."""
@@ -146,6 +154,11 @@ def renew(redis: Connections, holds: Sequence[tuple[str, str, int]]) -> list[boo
         leases_ms=[lease_ms for _, _, lease_ms in holds],
     )
     return [bool(reply) for reply in replies]
+
+
+def server_of(redis: Connections, slot: int) -> object:
+    """What tells servers apart: the node that has a slot, as far as is known. Asks nobody."""
+    return redis.node(slot)
 
 
 def node_of(redis: Connections, slot: int) -> ThreadClient:

@@ -251,6 +251,9 @@ class Wakeups:
     def __repr__(self) -> str:
         return f"<Wakeups {list(self._lines.values())}>"
 
+    def closing(self) -> None:
+        """There is nothing to say."""
+
     def close(self) -> None:
         """Close all lines."""
         for line in list(self._lines.values()):

@@ -10,6 +10,7 @@
 -- all limits admit it, if that is within amount microseconds), peek (what hit would say; nothing is charged), owe (the
 -- cost has been spent already: each limit is charged as soon as it admits it, whatever the others say).
 -- block: until when the caller is blocked, in microseconds.
+-- kinds: see _rate.lua; in capitals one that counts calls, whatever they cost.
 --
 -- One script, because between the reading of a state and its change another caller could read it too, and both would
 -- take the last call. The clock is the server's. Nothing is written before every limit has agreed.
@@ -17,6 +18,10 @@
 local mode, cost, amount, permit = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 local time = redis.call("TIME")
 local now = time[1] * 1000000 + time[2]
+
+local function price(kind)
+    return kind == string.upper(kind) and 1 or cost
+end
 
 local count = #KEYS - 1
 local limits, start, refusing = {}, now, 0
@@ -26,11 +31,12 @@ if blocked > now then
 end
 for i = 1, count do
     local key = KEYS[i + 1]
-    local limit = rate_limit(key, now, ARGV[4 + i], tonumber(ARGV[4 + count + i]), tonumber(ARGV[4 + 2 * count + i]),
+    local kind = ARGV[4 + i]
+    local limit = rate_limit(key, now, string.lower(kind), tonumber(ARGV[4 + count + i]), tonumber(ARGV[4 + 2 * count + i]),
         tonumber(ARGV[4 + 3 * count + i]), tonumber(ARGV[4 + 4 * count + i]))
     limits[i] = limit
     if mode ~= "owe" then
-        local earliest = limit.earliest(cost)
+        local earliest = limit.earliest(price(kind))
         if earliest > start then
             start, refusing = earliest, i
         end
@@ -40,7 +46,7 @@ end
 if mode == "owe" then
     for i = 1, count do
         local kind, most, left = ARGV[4 + i], tonumber(ARGV[4 + count + i]), cost
-        while left > 0 and kind ~= "c" do
+        while left > 0 and kind ~= "c" and kind ~= string.upper(kind) do
             local part = math.min(left, most)
             local earliest = limits[i].earliest(part)
             if earliest - now > amount then
@@ -69,7 +75,7 @@ elseif wait == 0 or (mode == "reserve" and wait <= amount) then
         cost = math.max(cost, most)
     end
     for i = 1, count do
-        reply[5 + 2 * i], reply[6 + 2 * i] = limits[i].charge(cost, start, permit)
+        reply[5 + 2 * i], reply[6 + 2 * i] = limits[i].charge(price(ARGV[4 + i]), start, permit)
     end
 end
 for i = 1, count do

@@ -14,6 +14,7 @@ else
     redis.call("HDEL", state, "capacity")
 end
 local turn = turn_open(state, queue, turn_now(), ARGV[1], "")
+turn.kept = 0 -- it is to be kept for another time now
 turn_settle(state, queue, turn)
 turn_close(state, queue, turn)
 return turn.used

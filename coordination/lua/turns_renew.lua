@@ -12,12 +12,15 @@ local now = turn_now()
 local answers = {}
 for i, state in ipairs(KEYS) do
     local field, lease_ms = "h" .. ARGV[i], ARGV[#KEYS + i]
-    local held = redis.call("HGET", state, field)
-    local units, fence, ends, rest = string.match(held or "", "^(%d+) %d+ (%d+) (%d+) (.*)$")
+    local known = redis.call("HMGET", state, field, "next_end")
+    local units, fence, ends, rest = string.match(known[1] or "", "^(%d+) %d+ (%d+) (%d+) (.*)$")
     answers[i] = 0
     if ends and tonumber(ends) > now then
-        local until_us = turn_text(now + lease_ms * 1000)
-        redis.call("HSET", state, field, units .. " " .. lease_ms .. " " .. fence .. " " .. until_us .. " " .. rest)
+        local until_us = now + lease_ms * 1000
+        redis.call(
+            "HSET", state, field, units .. " " .. lease_ms .. " " .. fence .. " " .. turn_text(until_us) .. " " .. rest,
+            "next_end", math.min(tonumber(known[2] or 0), until_us)
+        )
         if redis.call("PTTL", state) < 3600000 then
             redis.call("PEXPIRE", state, 7200000)
         end

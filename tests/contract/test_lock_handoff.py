@@ -5,6 +5,7 @@ What it costs is read from a server that has no other clients. The leases are so
 
 import threading
 import time
+from functools import partial
 from itertools import pairwise
 from statistics import median, quantiles
 
@@ -18,8 +19,8 @@ from tests.contract.histories import holds_of, violations
 from tests.contract.lock_programs.crew import Crew, Program, run
 
 WAITERS = 32
-LONG_TTL_S = 30
-AT_ONCE_S = LONG_TTL_S / 3
+LONG_TTL_S = 120
+AT_ONCE_S = LONG_TTL_S / 6
 """Far less than a lease, far more than a busy machine needs: who was served within this did not wait for a lease."""
 
 
@@ -99,7 +100,7 @@ def test_thirty_two_processes_are_served_in_their_order_by_two_commands_each(cre
         assert calls(redis, "publish") - messages == WAITERS
         if times == 1:
             hold = lock.acquire()
-    assert time.monotonic() - first_in_line < LONG_TTL_S, "too slow a machine: leases have run out"
+    assert time.monotonic() - first_in_line < LONG_TTL_S / 3, "too slow a machine: leases were renewed meanwhile"
     assert calls(redis, "evalsha") - scripts <= 2 * WAITERS + 1  # and the release of the one before them
 
     notes = crew.notes()
@@ -118,7 +119,7 @@ def test_who_waits_sends_no_command_and_does_not_run(crew, redis, lock):
     crowd = queue_up(crew, redis, WAITERS)
     processes = [psutil.Process(crew.pids[worker]) for worker in crowd]
     client = redis.coordination
-    eventually(lambda: all(one.status() == psutil.STATUS_SLEEPING for one in processes), "all sleep")
+    eventually(partial(all_sleep, processes), "all sleep")
     before, switches, pings = client.info("stats"), switches_of(processes), calls(redis, "ping")
     threading.Event().wait(1.0)
     after, switched = client.info("stats"), switches_of(processes)
@@ -128,6 +129,11 @@ def test_who_waits_sends_no_command_and_does_not_run(crew, redis, lock):
     assert sum(now > then for now, then in zip(switched, switches, strict=True)) <= pinged
     hold.release()
     crew.until(lambda: not crew.alive, "all are served")
+
+
+def all_sleep(processes):
+    """Whether each waits for something."""
+    return all(one.status() == psutil.STATUS_SLEEPING for one in processes)
 
 
 def switches_of(processes):
@@ -140,15 +146,16 @@ def test_each_release_wakes_one_process(crew, redis, lock):
     crowd = queue_up(crew, redis, 8, "wait")
     processes = [psutil.Process(crew.pids[worker]) for worker in crowd]
     for woken, worker in enumerate(crowd):
-        eventually(lambda: all(one.status() == psutil.STATUS_SLEEPING for one in processes[woken + 1 :]), "all sleep")
-        switches, pings = switches_of(processes[woken + 1 :]), calls(redis, "ping")
+        others = processes[woken + 1 :]
+        eventually(partial(all_sleep, others), "all sleep")
+        switches, pings = switches_of(others), calls(redis, "ping")
         if woken:
             crew.go(crowd[woken - 1])
         else:
             hold.release()
         crew.hear(worker, "ready")
         assert said_began(crew) == crowd[: woken + 1]
-        ran = sum(now > then for now, then in zip(switches_of(processes[woken + 1 :]), switches, strict=True))
+        ran = sum(now > then for now, then in zip(switches_of(others), switches, strict=True))
         assert ran <= calls(redis, "ping") - pings
     crew.go(crowd[-1])
     crew.until(lambda: not crew.alive, "all are served")

@@ -7,6 +7,7 @@ accepted. Where no lease can prevent that two processes write at once, the fence
 
 import os
 import random
+import re
 import threading
 import time
 from contextlib import suppress
@@ -431,6 +432,9 @@ def test_waiters_of_a_cluster_go_on_after_a_failover_of_their_node(own_cluster, 
     primary.stop()
     cluster.run(replica, "CLUSTER", "FAILOVER", "TAKEOVER")
     eventually(lambda: b"role:master" in cluster.run(replica, "INFO", "replication"), "it has succeeded")
+    listening = partial(cluster.run, replica, "CLIENT", "LIST")
+    eventually(lambda: listening().count(b" name=petiole-grants") == len(waiters), "they listen there")
+    eventually(lambda: scripts_of(cluster, replica) >= len(waiters), "they have asked there")
     crew.go(holder)
     for waiter in waiters:
         crew.hear(waiter, "done")
@@ -439,6 +443,12 @@ def test_waiters_of_a_cluster_go_on_after_a_failover_of_their_node(own_cluster, 
     held = proven(crew)
     assert len(held) == 1 + len(waiters)
     assert max(one.began for one in held) - released_at(held) < LONG_TTL_S / 3  # nobody has waited for a lease
+
+
+def scripts_of(cluster, node):
+    """How many scripts it has carried out."""
+    told = cluster.run(node, "INFO", "commandstats")
+    return sum(int(calls) for calls in re.findall(rb"cmdstat_eval(?:sha)?:calls=(\d+)", told))
 
 
 def released_at(held):

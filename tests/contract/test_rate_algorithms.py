@@ -1,5 +1,6 @@
 """The scripts that count in Redis and the models of ``rate_algorithms`` say the same, on every schedule."""
 
+from copy import copy
 from typing import Any
 from uuid import uuid4
 
@@ -53,7 +54,10 @@ KINDS = {
     "first": st.builds(lambda n, s: RateLimit.fixed(f"{n}/{s}s", aligned=False), counts, periods),
     "concurrent": st.builds(lambda n, s: RateLimit.concurrent(n, lease=s), st.integers(1, 4), periods),
 }
-sets_of_limits = st.lists(st.one_of(*KINDS.values()), min_size=1, max_size=4, unique_by=lambda limit: limit.part)
+some = st.one_of(*KINDS.values())
+sets_of_limits = st.lists(
+    st.one_of(some, some, some.map(RateLimit.of_calls)), min_size=1, max_size=4, unique_by=lambda limit: limit.part
+)
 advances_us = st.one_of(
     st.just(0),
     st.integers(0, 2_000),
@@ -72,8 +76,17 @@ steps = st.lists(
 )
 
 
+def replace_by_cost(limit: RateLimit) -> RateLimit:
+    """The limit of costs that a limit of calls was made of."""
+    other = copy(limit)
+    object.__setattr__(other, "by_call", False)
+    return other
+
+
 def changed(limit: RateLimit, number: int) -> RateLimit:
     """The same limit with another count, another burst or other buckets; of the same kind and period."""
+    if limit.by_call:
+        return changed(replace_by_cost(limit), number).of_calls()
     seconds = limit.period_us // 1_000_000
     rate = f"{number}/{seconds}s"
     match limit.kind:
@@ -89,6 +102,12 @@ def changed(limit: RateLimit, number: int) -> RateLimit:
             return RateLimit.fixed(rate, aligned=False)
         case _:
             return RateLimit.concurrent(number, lease=seconds)
+
+
+def columns(limits: tuple[RateLimit, ...]) -> dict[str, Any]:
+    """What the scripts are told of the limits, by the names of their headers."""
+    told = zip(*[limit.arguments() for limit in limits], strict=True)
+    return dict(zip(("kinds", "counts", "spans_us", "rests", "parts"), told, strict=True))
 
 
 class InRedis:
@@ -111,7 +130,7 @@ class InRedis:
             amount=amount,
             permit=f"permit {self.permits}",
             now_us=now_us,
-            **module._columns([limit.arguments() for limit in limits]),
+            **columns(limits),
         )
         return reply
 
@@ -124,7 +143,7 @@ class InRedis:
             firsts=[first for first, _ in marks],
             seconds=[second for _, second in marks],
             now_us=now_us,
-            **module._columns([limit.arguments() for limit in limits]),
+            **columns(limits),
         )
 
 

@@ -743,3 +743,48 @@ def test_leased_tokens_are_given_back_to_their_lease(redis: Connections, name: s
     assert not limiter.hit("user:7")
     limiter.unblock("user:7")
     assert limiter.hit("user:7")
+
+
+def test_a_limit_of_calls_counts_each_call_as_one_whatever_it_costs(redis: Connections, name: str) -> None:
+    """Requests and tokens of one provider, in one decision; what settles the tokens leaves the requests alone."""
+    limits = [RateLimit("3/m").of_calls(), RateLimit("1000/m")]
+    limiter = RateLimiter(redis, name, limits)
+    first = limiter.hit("k", cost=600)
+    assert isinstance(first, Allowed)
+
+    refused = limiter.hit("k", cost=600)
+    assert isinstance(refused, Limited)
+    assert refused.by == limits[1]  # too many tokens; the request was not charged either
+    limiter.settle(first, 100)
+    second, third = limiter.hit("k", cost=600), limiter.hit("k", cost=1)
+    assert isinstance(second, Allowed)
+    assert isinstance(third, Allowed)
+    fourth = limiter.hit("k", cost=1)
+    assert isinstance(fourth, Limited)
+    assert fourth.by == limits[0]  # too many requests
+
+    limiter.refund(third)
+    assert limiter.hit("k", cost=1)
+    assert not limiter.hit("k", cost=1)
+    states = limiter.inspect("k").limits
+    assert states[0].remaining == 0
+    assert 295 <= states[1].remaining <= 310
+
+
+@pytest.mark.parametrize("make", [RateLimit, RateLimit.at_most, RateLimit.exact, RateLimit.bucketed, RateLimit.fixed])
+def test_every_kind_of_limit_can_count_calls(redis: Connections, name: str, make: Callable[[str], RateLimit]) -> None:
+    """A cost that is beyond the count passes, and is one of so many; beside a limit of costs of the same kind."""
+    limiter = RateLimiter(redis, name, [make("2/h").of_calls(), make("5000/h")])
+    most = limiter._highest_cost
+
+    answers = [limiter.hit("k", cost=cost) for cost in (most // 2, 1, 1)]
+    allowed = [bool(answer) for answer in answers]
+    assert allowed == ([True, False, False] if make == RateLimit.at_most else [True, True, False])
+    assert isinstance(answers[2], Limited)
+    assert answers[2].by == make("2/h").of_calls()
+
+
+def test_limits_of_calls_do_not_go_with_leased_tokens(redis: Connections, name: str) -> None:
+    """A lease is of costs."""
+    with pytest.raises(ValueError, match="lease_tokens"):
+        RateLimiter(redis, name, [RateLimit("1000/s").of_calls()], lease_tokens=5)

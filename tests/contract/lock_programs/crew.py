@@ -176,7 +176,9 @@ class Crew:
         """Leave no process behind."""
         for number in self.alive:
             self.kill(number)
-        psutil.wait_procs([psutil.Process(pid) for pid in self.pids.values() if psutil.pid_exists(pid)], MAY_TAKE_S)
+        for number in self.pids:
+            with suppress(psutil.NoSuchProcess):
+                psutil.Process(self.pids[number]).wait(MAY_TAKE_S)
         self.engine.dispose()
 
     def notes(self) -> list[dict[str, Any]]:
