@@ -21,7 +21,7 @@ KILL   ?= 0
 KEEP   ?=
 export LOG KILL KEEP
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test storm check bench clean
 .DEFAULT_GOAL := help
 
 help: ## list what can be made
@@ -32,6 +32,9 @@ demo: $(STAMP) ## run the main job; LOG=path replays a log, KILL=3 kills the wor
 
 test: $(STAMP) ## run the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+storm: $(STAMP) ## the histories of locks under faults, longer: a few minutes
+	@PETIOLE_STORM_SEEDS=5 PETIOLE_STORM_FAULTS=12 $(BIN)/python -m pytest -q tests/contract/test_lock_history.py -k 'one_at_a_time or whatever or flushed'
 
 check: $(STAMP) ## lint, types, import rules, architecture
 	@$(BIN)/ruff check .

@@ -77,6 +77,7 @@ def test_help_lists_what_can_be_made(checkout: Path) -> None:
         "help",
         "demo",
         "test",
+        "storm",
         "check",
         "bench",
         "clean",

@@ -13,7 +13,7 @@ def test_the_example_runs_as_it_stands_and_prints_what_it_says(tmp_path: Path) -
     block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
     (tmp_path / "example.py").write_text(block)
     promised = [
-        line.partition("#")[2].strip() for line in block.split("\n") if re.match(r"(user|report|print)\b.*#", line)
+        line.partition("#")[2].strip() for line in block.split("\n") if re.match(r" *(user|report|print)\b.*#", line)
     ]
 
     done = subprocess.run(
