@@ -79,7 +79,7 @@ redis.close()
 
 def test_sixteen_processes_together_get_exactly_the_bound(redis: Connections, name: str) -> None:
     """However many hammer at once: all of what a limit admits is admitted, and not one more, in any window."""
-    hammer = subprocess.Popen([sys.executable, "-c", HAMMER, redis.url, name, "6"])
+    hammer = subprocess.Popen([sys.executable, "-c", HAMMER, redis.url, name, "10"])
     for _ in range(16):
         assert redis.blocking.blpop([f"{name}:ready"], timeout=60)
     redis.coordination.rpush(f"{name}:go", *range(16))
