@@ -107,7 +107,7 @@ class Connections:
         self._clients: dict[Profile, redis.Redis] = {}
         self._owned: WeakSet[Closeable] = WeakSet()
         self._lock = Lock()
-        self._closed = False
+        self._closing = self._closed = False
         renew_after_fork(self)
 
     def __repr__(self) -> str:
@@ -215,12 +215,13 @@ class Connections:
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed."""
-        return self._closed
+        """Whether it was closed, or is being closed."""
+        return self._closing
 
     def close(self) -> None:
         """Close every client, and stop the embedded server if there is one. May be called twice."""
-        if not self._closed:
+        if not self._closing:
+            self._closing = True
             for owned in list(self._owned):
                 owned.closing()
         with self._lock:

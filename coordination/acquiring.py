@@ -21,7 +21,7 @@ from ..cachelib.counters import Counters
 from ..cachelib.durations import Duration, milliseconds
 from ..cachelib.tokens import Tokens
 from .entered import Entered, calling_frame, owner_here
-from .errors import LockLost, LockReentered, LockTimeout, LockUnavailable, NotReplicated, PermitsExceeded
+from .errors import LockError, LockReentered, LockTimeout, LockUnavailable, NotReplicated, PermitsExceeded
 from .hold import NOT_OURS, Busy, Hold, Terms, valid_for_s
 from .keeper import keeper_of
 from .turn_store import Taken, TurnStore
@@ -93,8 +93,10 @@ class Acquirable:
         Arguments:
             timeout: how long to wait at most. Default: for ever.
 
-        Raises ``LockTimeout`` when it was not free in time, ``LockReentered`` when this thread holds it already,
-        ``LockUnavailable`` when Redis does not answer. Then nothing is held.
+        Raises ``LockTimeout`` when it was not free in time, ``LockUnavailable`` when Redis does not answer,
+        ``NotReplicated`` when too few replicas have confirmed it, and ``LockReentered`` where it would wait inside of a
+        ``with`` block that holds it. Then nothing is held. (Of what was acquired without ``with`` nobody knows who will
+        release it: who waits for himself there waits for ever, or until ``timeout``.)
         """
         return self.acquire_units(self._units, None if timeout is None else milliseconds(timeout, "timeout") / 1_000)
 
@@ -106,29 +108,24 @@ class Acquirable:
         return self.try_acquire_units(self._units)
 
     def __enter__(self) -> Hold:
-        hold: Hold | None = None
+        token, hold = _tokens.next(), None
         try:
-            hold = self.acquire_units(self._units, None)
+            hold = self.acquire_units(self._units, None, token)
             self._entered.push(hold)
+            if self._alone:
+                hold.frame = calling_frame()
             return hold
-        except BaseException:  # out of a signal handler, between two lines
+        except BaseException as error:  # out of a signal handler, between two lines
             if hold is not None:
                 self._entered.drop(hold)
-                hold.abandon()
+            self._undo(token, error)
             raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Release it. Raises ``LockLost`` when it was lost meanwhile and nothing else is being raised."""
-        hold = self._entered.pop()
-        try:
-            hold.__exit__(kind, error, trace)
-        except LockLost:
-            raise
-        except BaseException:  # out of a signal handler: nobody else knows this hold
-            hold.abandon()
-            raise
+        self._entered.leave(kind, error, trace)
 
     def shrink(self, hold: Hold, units: int) -> None:
         """Give back all but so many units of a hold. Raises ``ValueError``, ``LockLost`` and ``LockUnavailable``."""
@@ -171,17 +168,19 @@ class Acquirable:
         try:
             return self._first(token, units)
         except BaseException as error:
-            self._keeper.undo(self._store, token, self._terms.lease_ms)
-            if (unavailable := self._unavailable(error)) is not None:
-                raise unavailable from error
+            self._undo(token, error)
             raise
 
-    def acquire_units(self, units: int, timeout_s: float | None) -> Hold:
-        """``acquire`` for another number of units."""
+    def acquire_units(self, units: int, timeout_s: float | None, token: str = "") -> Hold:
+        """``acquire`` for another number of units.
+
+        Arguments:
+            token: chosen by a caller who sees to it that nothing stays behind after an exception.
+        """
         again = self._again()
         if again is not None:
             return again
-        token, until = _tokens.next(), math.inf if timeout_s is None else time.monotonic() + timeout_s
+        token, until = token or _tokens.next(), math.inf if timeout_s is None else time.monotonic() + timeout_s
         try:
             line = self._line
             if line is None or not line.up:  # nobody had to wait here lately: asking for a place can wait
@@ -193,19 +192,18 @@ class Acquirable:
             if hold is not None:
                 return hold
         except BaseException as error:  # also out of a signal handler, between two lines: nothing stays behind
-            self._keeper.undo(self._store, token, self._terms.lease_ms)
-            if (unavailable := self._unavailable(error)) is not None:
-                raise unavailable from error
+            self._undo(token, error)
             raise
         self._counters.add("timeouts")
         raise LockTimeout(self.what, timeout_s or 0.0)
 
-    def _unavailable(self, error: BaseException) -> LockUnavailable | None:
-        """An error of the server's as one of ours."""
+    def _undo(self, token: str, error: BaseException) -> None:
+        """Leave nothing behind. Raises ``LockUnavailable`` for an error of the server's."""
+        unknown = not isinstance(error, LockError)  # whether a request is still on its way
+        self._keeper.undo(self._store, token, self._terms.lease_ms, repeatedly=unknown)
         if isinstance(error, UNAVAILABLE) or (isinstance(error, RuntimeError) and self._redis.closed):
             refused = isinstance(error, ResponseError)
-            return LockUnavailable(self.what, self._redis.address, error, refused=refused)
-        return None
+            raise LockUnavailable(self.what, self._redis.address, error, refused=refused) from error
 
     def _again(self) -> Hold | None:
         """What this owner holds already, where it may hold it twice."""
@@ -300,8 +298,6 @@ class Acquirable:
 
     def _held(self, token: str, units: int, fence: int, deadline: float, *, by_another: bool = False) -> Hold:
         hold = Hold(self._store, self._keeper, self.what, token, fence, deadline, self._terms, self._counters, units)
-        if self._alone:
-            hold.frame = calling_frame(at_least=3)
         self._counters.add("holds")
         if self._reentrant:
             self._mine.hold = hold, owner_here()
@@ -315,8 +311,7 @@ class Acquirable:
             if by_another:  # WAIT counts what this thread's connection has written: a look writes
                 taken = self._store.take(hold.token, hold.units, self._terms.lease_ms, "", self._label())
                 if taken.state != 1 or taken.fence != hold.fence:
-                    hold.lose(NOT_OURS)
-                    hold.raise_if_lost()
+                    raise NotReplicated(self.what, self._replicas, 0)
             confirmed = self._store.confirm(self._replicas, _REPLICATION_MS)
         except BaseException:
             hold.release()

@@ -1,19 +1,19 @@
 """Who holds a lock, as this process sees it: which ``with`` statements have begun, and who would wait for himself.
 
 An *owner* is a thread in a context (``contextvars``); it may hold a reentrant lock twice. That somebody would wait for
-himself is told by something else, which is never wrong: the function that acquired the lock is still running, further
-up on the very stack that is going to wait. Threads of a pool, generators and tasks that are suspended are not on it.
+himself is told by something else: the function whose ``with`` block holds the lock is still running, further up on the
+very stack that is going to wait. Threads of a pool, generators and tasks that are suspended are not on it.
 """
 
 import sys
+from collections.abc import Callable
 from contextvars import ContextVar
 from threading import RLock, current_thread
-from types import FrameType
-from typing import Generic, TypeVar
+from types import FrameType, TracebackType
+from typing import Generic, Protocol, TypeVar
 
 from ..cachelib.forks import renew_after_fork
-
-T = TypeVar("T")
+from .errors import LockLost
 
 Owner = tuple[object, object]
 
@@ -53,6 +53,21 @@ def is_running(wanted: FrameType) -> bool:
     return False
 
 
+class Leavable(Protocol):
+    """A hold, whose end is the end of a ``with`` block."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give it back."""
+
+    def abandon(self) -> None:
+        """Give it back soon: nobody will come back to it."""
+
+
+T = TypeVar("T", bound=Leavable)
+
+
 class Entered(Generic[T]):
     """What ``with`` statements of one lock have begun and not yet ended, the newest last."""
 
@@ -61,24 +76,53 @@ class Entered(Generic[T]):
         self._lock = RLock()  # a signal handler may come in between
         renew_after_fork(self)
 
+    def enter(self, acquire: Callable[[], T]) -> T:
+        """A statement begins."""
+        hold: T | None = None
+        try:
+            hold = acquire()
+            self.push(hold)
+            return hold
+        except BaseException:  # out of a signal handler, between two lines
+            if hold is not None:
+                self.drop(hold)
+                hold.abandon()
+            raise
+
     def push(self, hold: T) -> None:
         """A statement has begun."""
         with self._lock:
             self._all.append((owner_here(), hold))
 
-    def pop(self) -> T:
-        """A statement ends: the newest of its owner, or of anybody, where it has moved to another thread."""
-        owner = owner_here()
+    def drop(self, hold: T) -> None:
+        """A statement has ended, or has not begun after all."""
         with self._lock:
             for place in reversed(range(len(self._all))):
-                if self._all[place][0] == owner:
-                    return self._all.pop(place)[1]
-            return self._all.pop()[1]
+                if self._all[place][1] is hold:
+                    del self._all[place]
+                    return
 
-    def drop(self, hold: T) -> None:
-        """A statement has not begun after all."""
+    def leave(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """A statement ends: the newest of its owner, or of anybody, where it has moved to another thread."""
+        hold: T | None = None
+        try:
+            hold = self._newest()
+            hold.__exit__(kind, error, trace)
+            self.drop(hold)
+        except BaseException as failure:
+            hold = hold or self._newest()
+            self.drop(hold)
+            if not isinstance(failure, LockLost):  # out of a signal handler: nobody else knows this hold
+                hold.abandon()
+            raise
+
+    def _newest(self) -> T:
+        owner = owner_here()
         with self._lock:
-            self._all = [pair for pair in self._all if pair[1] is not hold]
+            if not self._all:
+                raise RuntimeError("a with block was left that was not entered: __exit__ without its __enter__")
+            mine = [hold for whose, hold in self._all if whose == owner]
+            return mine[-1] if mine else self._all[-1][1]
 
     def renew_after_fork(self) -> None:
         """Make the lock anew."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ..cachelib.circuit import UNAVAILABLE
 from ..cachelib.counters import Counters
 from ..cachelib.durations import Duration, milliseconds
+from .entered import calling_frame
 from .errors import LockLost
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Hold:
         self.units = units
         """How many permits."""
         self.frame: FrameType | None = None
-        """The function that acquired it, where that matters, until it is held no more."""
+        """The function whose ``with`` block holds it, while it does."""
         self.began = time.monotonic()
         self.renewal_due = 0.0
         self.store = store
@@ -188,12 +189,12 @@ class Hold:
         Returns whether it was held until now; false when it was lost, or released before. Where Redis does not answer
         it is given back as soon as it does, or ends with its lease.
         """
-        if self._released:
-            return False
-        if self._entered > 1 and not self.lost:
-            self._entered -= 1
-            return True
         try:
+            if self._released:
+                return False
+            if self._entered > 1 and not self.lost:
+                self._entered -= 1
+                return True
             return self._release()
         except BaseException:  # out of a signal handler, say: nobody may come back to it
             self.abandon()
@@ -218,15 +219,19 @@ class Hold:
         return held
 
     def __enter__(self) -> Self:
+        self.frame = calling_frame()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Release it. Raises ``LockLost`` when it was lost meanwhile and nothing else is being raised."""
-        if self._released and self._reason is None:
-            return
-        if not self.release() and error is None:
+        try:
+            was_lost = not (self._released and self._reason is None) and not self.release()
+        except BaseException:
+            self.abandon()
+            raise
+        if was_lost and error is None:
             raise LockLost(self.what, self.fence, self._reason or _NOT_CONFIRMED)
 
     def guard(self, connection: Any) -> None:
@@ -263,7 +268,7 @@ class Hold:
 
     def _plan_renewal(self, lease_ms: int) -> None:
         """When it is to be renewed next: when a third of its lease has gone; never, if it is not."""
-        due = self._deadline - lease_ms * 2 / 3_000
+        due = self._deadline - min(lease_ms, self._terms.lease_ms) * 2 / 3_000
         last_one = self._ends_at is not None and self._deadline >= self._ends_at - 0.05
         self.renewal_due = due if self._terms.renew and not last_one else self._deadline
 
@@ -277,10 +282,10 @@ class Hold:
         self.renewal_due = min(now + max(0.02, self._terms.lease_ms / 20_000), self._deadline)
 
     def next_lease_ms(self, now: float) -> int:
-        """For how long it is to be renewed at this moment; 0 when it is not."""
+        """For how long it is to be renewed at this moment, never for less than is left; 0 when it is not."""
         if not self._terms.renew:
             return 0
-        return min(self._terms.lease_ms, self._most_ms(now))
+        return min(max(self._terms.lease_ms, int((self._deadline - now) * 1_000)), self._most_ms(now))
 
     def _most_ms(self, now: float) -> int:
         """How much longer it may be held."""
@@ -296,6 +301,10 @@ class Hold:
     def full_lease_ms(self) -> int:
         """The lease it was acquired with."""
         return self._terms.lease_ms
+
+    def expect_until(self, deadline: float) -> None:
+        """A request is sent that ends it then, or earlier than it would: from now on it may not be relied on longer."""
+        self._deadline = min(self._deadline, deadline)
 
     def renewed(self, deadline: float, lease_ms: int) -> None:
         """The server has confirmed it until then."""

@@ -24,6 +24,7 @@ from .entered import is_running
 from .errors import LockUnavailable
 from .hold import NOT_OURS, Hold, valid_for_s
 from .turn_store import TurnStore, renew, server_of
+from .wakeups import wakeups_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -97,12 +98,12 @@ class Keeper:
                 return True
         return False
 
-    def undo(self, store: TurnStore, token: str, lease_ms: int) -> None:
+    def undo(self, store: TurnStore, token: str, lease_ms: int, *, repeatedly: bool) -> None:
         """An acquire has ended with an exception: whatever came of it is nobody's."""
         hold = self._holds.get(token)
         if hold is not None:
             hold.abandon()
-        self.give_back(store, token, lease_ms, repeatedly=True)
+        self.give_back(store, token, lease_ms, repeatedly=repeatedly)
 
     def give_back(self, store: TurnStore, token: str, lease_ms: int, *, repeatedly: bool = False) -> None:
         """Give back what a token may hold, or its place in the queue, as soon as the server answers.
@@ -111,21 +112,29 @@ class Keeper:
             repeatedly: until its lease would be over: a request that takes it may still be on its way to a server
                 that hangs.
         """
+        known = self._orphans.get(token)
+        repeatedly = repeatedly or (known is not None and known.repeatedly)
         self._orphans[token] = _Orphan(store, time.monotonic() + lease_ms / 1_000, repeatedly)
         self._have_thread()
 
     def closing(self) -> None:
         """The connections are going to be closed: all that is held is lost, and given back in one attempt."""
         self._closed = True
+        redis = self._redis()
+        if redis is not None:
+            wakeups_of(redis).closing()  # first: nothing is to be granted to those who wait here
         for hold in list(self._holds.values()):
             hold.lose("its connections were closed")
+        silent: set[object] = set()
         for token, orphan in list(self._orphans.items()):
             self._orphans.pop(token, None)
-            try:
-                orphan.store.give(token, briefly=True)
-            except (*UNAVAILABLE, RuntimeError) as error:
-                logger.debug("%s and what else was held end with their leases: %s", orphan.store.name, error)
-                break
+            server = server_of(redis, orphan.store.slot) if redis is not None else None
+            if server not in silent:
+                try:
+                    orphan.store.give(token, briefly=True)
+                except (*UNAVAILABLE, RuntimeError) as error:
+                    logger.debug("%s ends with its lease: %s", orphan.store.name, error)
+                    silent.add(server)
 
     def close(self) -> None:
         """The connections are closed: the thread ends."""
@@ -139,6 +148,7 @@ class Keeper:
             raise RuntimeError("the connections are gone")
         with self._renewing:
             sent = time.monotonic()
+            hold.expect_until(sent + valid_for_s(lease_ms))
             try:
                 (held,) = renew(redis, [(hold.store.name, hold.token, lease_ms)])
             except UNAVAILABLE as error:
@@ -220,37 +230,40 @@ class Keeper:
 
     def _renew_due(self, redis: Connections, silent: set[object]) -> None:
         now = time.monotonic()
-        due: list[tuple[Hold, int]] = []
+        due: list[Hold] = []
         for hold in list(self._holds.values()):
             if hold.lost:  # which says so, and to whom it concerns
                 continue
             if hold.renewal_due <= now + hold.full_lease_ms / 30_000:  # with those that are nearly due
-                lease_ms = hold.next_lease_ms(now)
-                if lease_ms:
-                    due.append((hold, lease_ms))
+                if hold.next_lease_ms(now):
+                    due.append(hold)
                 else:
                     hold.renewal_due = hold.deadline
         for batch in _batches(redis, due):
-            server = server_of(redis, batch[0][0].store.slot)
+            server = server_of(redis, batch[0].store.slot)
             if server in silent:
-                for hold, _ in batch:
+                for hold in batch:
                     hold.postpone_renewal(time.monotonic())
                 continue
             with self._renewing:
                 if not self._renew(redis, batch):
                     silent.add(server)
 
-    def _renew(self, redis: Connections, batch: "Sequence[tuple[Hold, int]]") -> bool:
+    def _renew(self, redis: Connections, batch: "Sequence[Hold]") -> bool:
         """Renew several. Whether the server has answered."""
         sent = time.monotonic()
+        leases_ms = [max(1, hold.next_lease_ms(sent)) for hold in batch]
+        for hold, lease_ms in zip(batch, leases_ms, strict=True):
+            hold.expect_until(sent + valid_for_s(lease_ms))
         try:
-            answers = renew(redis, [(hold.store.name, hold.token, lease_ms) for hold, lease_ms in batch])
+            wanted = [(hold.store.name, hold.token, ms) for hold, ms in zip(batch, leases_ms, strict=True)]
+            answers = renew(redis, wanted)
         except (*UNAVAILABLE, RuntimeError) as error:
-            logger.warning("%s and %d more were not renewed: %s", batch[0][0].what, len(batch) - 1, error)
-            for hold, _ in batch:
+            logger.warning("%s and %d more were not renewed: %s", batch[0].what, len(batch) - 1, error)
+            for hold in batch:
                 hold.postpone_renewal(time.monotonic())
             return False
-        for (hold, lease_ms), held in zip(batch, answers, strict=True):
+        for hold, lease_ms, held in zip(batch, leases_ms, answers, strict=True):
             self._answered(hold, held, sent, lease_ms)
         return True
 
@@ -263,10 +276,10 @@ class Keeper:
             hold.renewed(sent + valid_for_s(lease_ms), lease_ms)
 
 
-def _batches(redis: Connections, due: "Sequence[tuple[Hold, int]]") -> "Iterator[Sequence[tuple[Hold, int]]]":
+def _batches(redis: Connections, due: "Sequence[Hold]") -> "Iterator[Sequence[Hold]]":
     """So many at once, and on a Cluster only such as are in one slot."""
-    by_slot = sorted(due, key=lambda one: one[0].store.slot) if redis.is_cluster else due
-    for _, same_slot in groupby(by_slot, key=lambda one: one[0].store.slot):
+    by_slot = sorted(due, key=lambda hold: hold.store.slot) if redis.is_cluster else due
+    for _, same_slot in groupby(by_slot, key=lambda hold: hold.store.slot):
         holds = list(same_slot)
         for start in range(0, len(holds), _BATCH):
             yield holds[start : start + _BATCH]

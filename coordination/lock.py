@@ -68,7 +68,8 @@ class Lock(Acquirable):
         renew: whether the lease is renewed; if not, the hold ends after ``ttl``.
         max_hold: how long it is renewed at most: a task that hangs holds nothing for ever.
         reentrant: whether the thread that holds it may acquire it again, by this very object; each acquire wants its
-            release. Otherwise that is a ``LockReentered`` instead of a wait without end.
+            release. Not for threads that serve several calls in turns while it is held (``asyncio.to_thread``). Without
+            it, to wait inside of a ``with`` block that holds it is a ``LockReentered``, and not a wait without end.
         replicas: how many replicas must have confirmed an acquire (WAIT, for a second). It makes it less likely that a
             failover loses the lock, not impossible: the replica that is promoted may be another one.
         owner: who holds it, for those who look. Default: host and process id.

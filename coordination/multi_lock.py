@@ -92,6 +92,11 @@ class MultiHold:
                 rest.callback(lambda one: released.append(one.release()), hold)
         return all(released)
 
+    def abandon(self) -> None:
+        """Give all back soon: nobody will come back to it."""
+        for hold in self.holds.values():
+            hold.abandon()
+
     def __enter__(self) -> Self:
         return self
 
@@ -178,15 +183,13 @@ class MultiLock:
         return MultiHold(holds)
 
     def __enter__(self) -> MultiHold:
-        hold = self.acquire()
-        self._entered.push(hold)
-        return hold
+        return self._entered.enter(self.acquire)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Release all. Raises ``LockLost`` when one was lost meanwhile and nothing else is being raised."""
-        self._entered.pop().__exit__(kind, error, trace)
+        self._entered.leave(kind, error, trace)
 
     def _acquire(self, until: float | None, timeout_s: float | None) -> MultiHold | None:
         """One round. None when one was lost while others were waited for: then none is held, and the round is void."""

@@ -85,7 +85,7 @@ class RedlockHold:
         self._holds = holds
         self._terms = terms
         self._ended = threading.Lock()  # whoever acquires it decides how it ended; nobody waits for it
-        self._lost = False
+        self._lost = self._released = False
         self._callbacks: list[Callable[[RedlockHold], None]] = []
         for hold in holds:
             hold.on_lost(self._one_lost)
@@ -111,10 +111,14 @@ class RedlockHold:
     @property
     def lost(self) -> bool:
         """Whether somebody else may hold it by now. Asks nobody but the clock. Not of one that was released."""
-        if not self._ended.locked() and time.monotonic() >= self.deadline and self._ended.acquire(blocking=False):
+        if self._lost:
+            return True
+        if self._released or time.monotonic() < self.deadline:
+            return False
+        if self._ended.acquire(blocking=False):
             self._lost = True
             self._forget()
-        return self._lost
+        return True  # another thread may be in the middle of it: the clock has said it all the same
 
     @property
     def held(self) -> bool:
@@ -141,11 +145,18 @@ class RedlockHold:
         Returns whether a majority held it until now.
         """
         was_held = self.held and self._ended.acquire(blocking=False)
+        self._released = self._released or was_held
         released: list[bool] = []
         with ExitStack() as rest:  # which goes on with the others when one is interrupted
             for hold in self._holds:
                 rest.callback(lambda one: released.append(one.release()), hold)
         return was_held and sum(released) >= self._quorum
+
+    def abandon(self) -> None:
+        """Give it back soon, everywhere: nobody will come back to it."""
+        self._released = self._released or self._ended.acquire(blocking=False)
+        for hold in self._holds:
+            hold.abandon()
 
     def __enter__(self) -> Self:
         return self
@@ -290,15 +301,13 @@ class Redlock:
         return hold
 
     def __enter__(self) -> RedlockHold:
-        hold = self.acquire()
-        self._entered.push(hold)
-        return hold
+        return self._entered.enter(self.acquire)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Release it. Raises ``LockLost`` when it was lost meanwhile and nothing else is being raised."""
-        self._entered.pop().__exit__(kind, error, trace)
+        self._entered.leave(kind, error, trace)
 
     def _attempt(self, token: str, asked: list[tuple[_Store, str]]) -> RedlockHold | Busy:
         """Ask all, and have the highest fence stored by a majority.

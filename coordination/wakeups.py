@@ -252,7 +252,8 @@ class Wakeups:
         return f"<Wakeups {list(self._lines.values())}>"
 
     def closing(self) -> None:
-        """There is nothing to say."""
+        """Listen no more: what is given back now is for other processes."""
+        self.close()
 
     def close(self) -> None:
         """Close all lines."""
@@ -262,8 +263,8 @@ class Wakeups:
     def line(self, slot: int) -> Line:
         """The line to the server that has a slot. Raises redis-py's errors where it is not known which that is."""
         redis = self._redis()
-        if redis is None:
-            raise RedisConnectionError("the connections are gone")
+        if redis is None or redis.closed:
+            raise RuntimeError(f"the connections to {redis.address if redis else 'Redis'} were closed; connect again")
         client = node_of(redis, slot)
         known = self._lines.get(client)
         if known is None:

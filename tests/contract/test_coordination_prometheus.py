@@ -30,6 +30,21 @@ def test_every_count_is_told_with_its_name(redis: Connections, name: str) -> Non
     assert told("petiole_ratelimiter_limited_total") == 1
 
 
+def test_what_has_one_name_is_told_as_one(redis: Connections, name: str) -> None:
+    """A lock that is made wherever it is used; a scrape with the same sample twice is refused."""
+    locks = [Lock(redis, name), Lock(redis, name)]
+    registry = CollectorRegistry()
+    registry.register(CoordinationCollector(*locks))
+    for lock in (*locks, locks[0]):
+        with lock:
+            pass
+
+    lines = [line for line in generate_latest(registry).decode().splitlines() if not line.startswith("#")]
+    samples = [line.rpartition(" ")[0] for line in lines]
+    assert len(samples) == len(set(samples))
+    assert registry.get_sample_value("petiole_lock_holds_total", {"name": name}) == 3
+
+
 def test_registering_asks_nobody() -> None:
     """Not even a server that is away."""
     with connect("redis://127.0.0.1:1/0") as redis:

@@ -190,6 +190,28 @@ def test_a_request_may_cost_more(twice: RateLimiter) -> None:
     assert [ask(app, method="POST").status, ask(app).status] == [200, 429]
 
 
+def test_whatever_a_client_sends_as_its_key_is_answered(twice: RateLimiter) -> None:
+    """An empty header too: all who send one are one."""
+    app = LimitedWSGI(hello, twice, key=lambda environ: environ.get("HTTP_X_API_KEY"))
+
+    assert [ask(app, HTTP_X_API_KEY="").status for _ in range(3)] == [200, 200, 429]
+    for key in (" ", "\x00", "\xff" * 128, "x" * 10_000, "\ud800"):
+        assert ask(app, HTTP_X_API_KEY=key).status in (200, 413)
+
+
+def test_what_can_never_pass_is_answered_with_413_and_not_tried_again(twice: RateLimiter) -> None:
+    """Though the client says what it costs."""
+    app = LimitedWSGI(hello, twice, cost=lambda environ: int(environ["HTTP_X_COST"]))
+
+    for cost in ("3", "0", "-1"):
+        answer = ask(app, HTTP_X_COST=cost)
+        assert answer.status == 413
+        assert answer.headers["Content-Type"] == "application/problem+json"
+        assert "Retry-After" not in answer.headers
+        assert json.loads(answer.body)["status"] == 413
+    assert [ask(app, HTTP_X_COST="1").status for _ in range(2)] == [200, 200]
+
+
 def test_headers_of_the_application_are_its_own(twice: RateLimiter) -> None:
     """What it says of limits itself is left as it is."""
 
@@ -401,6 +423,21 @@ def test_over_the_limit_an_asgi_request_is_answered_with_429(twice: RateLimiter)
     assert int(third.headers[b"retry-after"]) > 0
     assert json.loads(third.sent[1]["body"])["status"] == 429
     assert all(name == name.lower() for name in third.headers)
+
+
+def test_asgi_requests_with_an_empty_key_or_too_high_a_cost_are_answered(twice: RateLimiter) -> None:
+    """As by WSGI; a WebSocket is denied."""
+    empty = LimitedASGI(greet, twice, key=lambda scope: "")
+    too_much = LimitedASGI(greet, twice, cost=lambda scope: 3)
+    opened = {"type": "websocket.connect"}
+
+    answers = run(*[Conversation(empty) for _ in range(3)], Conversation(too_much))
+    (denied,) = run(Conversation(too_much, opened, type="websocket"))
+
+    assert [one.status for one in answers] == [200, 200, 429, 413]
+    assert json.loads(answers[-1].sent[1]["body"])["status"] == 413
+    assert b"retry-after" not in answers[-1].headers
+    assert denied.sent[0]["type"] == "websocket.close"
 
 
 def test_asgi_clients_are_limited_each_for_itself(twice: RateLimiter) -> None:

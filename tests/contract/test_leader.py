@@ -258,6 +258,40 @@ def test_a_callback_may_stop_its_leader(candidate: Make, diary: Diary) -> None:
     assert too_early == [False]
 
 
+@pytest.mark.parametrize("callback", ["on_elected", "on_lost"])
+def test_a_callback_may_stop_its_leader_that_had_to_wait(candidate: Make, diary: Diary, callback: str) -> None:
+    """The candidate's thread is told to ask nothing more, but it is the callback's thread too."""
+    first, made = candidate("one"), []
+    failures: list[BaseException] = []
+    stopped = threading.Event()
+    assert first.wait(LONG_S)
+
+    def stops(hold: Hold) -> None:
+        try:
+            made[0].stop()
+        except BaseException as error:
+            failures.append(error)
+            raise
+        finally:
+            stopped.set()
+
+    made.append(candidate("two", **{callback: stops}))
+    eventually(lambda: waiting(first) == ["two"], "it waits")
+    first.stop()
+    if callback == "on_lost":
+        assert made[0].wait(LONG_S)
+        assert made[0].resign()
+    assert stopped.wait(LONG_S)
+    assert not failures
+    again = threading.Thread(target=made[0].stop, daemon=True)
+    again.start()
+    again.join(LONG_S)
+    assert not again.is_alive()
+    assert not made[0].is_leader
+    assert not made[0].inspect().held
+    assert threads() == []
+
+
 def test_a_stopped_candidate_leaves_the_queue(candidate: Make, diary: Diary) -> None:
     """And was never told anything. It may be started again, and twice is once."""
     leader = candidate("leader")

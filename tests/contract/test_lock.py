@@ -1,6 +1,8 @@
 """What ``Lock`` promises to whoever takes it: one holder, one round trip, nothing left behind. In one process."""
 
+import asyncio
 import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +12,15 @@ import pytest
 from local_nodes import eventually
 
 from petiole.cachelib import EmbeddedServer, Settings, connect
-from petiole.coordination import Busy, Hold, Lock, ReadWriteLock, Semaphore
-from petiole.coordination.errors import LockError, LockLost, LockReentered, LockTimeout, NotReplicated
+from petiole.coordination import Busy, Hold, Lock, MultiLock, ReadWriteLock, Semaphore
+from petiole.coordination.errors import (
+    LockError,
+    LockLost,
+    LockReentered,
+    LockTimeout,
+    NotReplicated,
+    PermitsExceeded,
+)
 from petiole.coordination.fencing import FencedStore
 from petiole.coordination.inspecting import names_held
 from tests.contract.test_cache_fork import in_child, succeeded
@@ -166,6 +175,35 @@ def test_a_hold_may_be_released_by_another_thread(redis, name, pool):
     assert lock.try_acquire().release()
 
 
+@pytest.mark.parametrize("kind", ["lock", "semaphore", "multi"])
+def test_a_block_may_end_in_another_thread_than_it_began_in(redis, name, pool, kind):
+    """As the dependencies of a web framework do, that are generators and run in threads of a pool."""
+    lock = {
+        "lock": lambda: Lock(redis, name),
+        "semaphore": lambda: Semaphore(redis, name, permits=1),
+        "multi": lambda: MultiLock(redis, [name, f"{name}:2"]),
+    }[kind]()
+    with ThreadPoolExecutor(1) as other:
+        hold = other.submit(lock.__enter__).result(SOON_S)
+        assert hold.held
+        lock.__exit__(None, None, None)
+    assert not hold.held
+    again = lock.try_acquire()
+    assert again, "it was given back"
+    assert again.release()
+
+
+def test_blocks_of_several_threads_end_with_the_holds_of_their_own(redis, name):
+    """Though all of them are of one object, and the first that began ends first."""
+    semaphore = Semaphore(redis, name, permits=2)
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
+        first, second = (thread.submit(semaphore.__enter__).result(SOON_S) for thread in (one, two))
+        one.submit(semaphore.__exit__, None, None, None).result(SOON_S)
+        assert (first.held, second.held) == (False, True)
+        two.submit(semaphore.__exit__, None, None, None).result(SOON_S)
+        assert not second.held
+
+
 def test_what_the_body_raises_comes_out_and_the_lock_is_given_back(redis, name):
     lock = Lock(redis, name)
     with pytest.raises(ZeroDivisionError), lock:
@@ -267,6 +305,128 @@ def test_a_thread_that_waits_for_itself_is_told_so(redis, name, pool):
         eventually(lambda: not lock.inspect().waiting, "it has left the queue")
         assert hold.held
     assert is_free(lock)
+
+
+def test_who_waits_for_itself_through_several_functions_is_told_so(redis, name):
+    lock = Lock(redis, name)
+
+    def inner(levels=5):
+        if levels:
+            return inner(levels - 1)
+        with Lock(redis, name):
+            return "never"
+
+    def by_block():
+        with lock:
+            inner()
+
+    def by_hold():
+        hold = lock.acquire()
+        with hold:
+            inner()
+
+    for outer in (by_block, by_hold):
+        with pytest.raises(LockReentered):
+            outer()
+        assert is_free(lock)
+
+
+def test_a_thread_of_a_pool_may_wait_for_what_it_has_acquired_for_somebody_else(redis, name):
+    lock = Lock(redis, name)
+    with ThreadPoolExecutor(1) as one:
+        hold = one.submit(lock.acquire).result(SOON_S)
+        following = one.submit(lock.acquire, SOON_S)
+        waiting(lock)
+        assert hold.release()
+        assert following.result(SOON_S).release()
+
+
+def test_what_is_handed_on_to_be_released_may_be_waited_for(redis, name, pool):
+    lock, go_on = Lock(redis, name), threading.Event()
+
+    def job(hold):
+        assert go_on.wait(SOON_S)
+        return hold.release()
+
+    jobs = [pool.submit(job, lock.acquire())]
+    pool.submit(lambda: (waiting(lock), go_on.set()))
+    jobs.append(pool.submit(job, lock.acquire(SOON_S)))
+    assert [job.result(SOON_S) for job in jobs] == [True, True]
+
+
+def test_tasks_that_share_a_thread_of_a_pool_may_wait_for_each_other(redis, name):
+    """Also when their contexts are copies of one in which the lock was used before."""
+    lock = Lock(redis, name)
+    with lock:
+        pass
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        hold = await asyncio.create_task(asyncio.to_thread(lock.acquire))
+        following = asyncio.create_task(asyncio.to_thread(lock.acquire, SOON_S))
+        while not lock.inspect().waiting:
+            await asyncio.sleep(0.01)
+        assert hold.release()
+        assert (await following).release()
+
+    asyncio.run(main())
+    assert is_free(lock)
+
+
+def test_generators_that_are_suspended_do_not_wait_for_themselves(redis, name, pool):
+    lock = Lock(redis, name)
+
+    def dependency():
+        with lock.acquire(SOON_S) as hold:
+            yield hold
+
+    with ThreadPoolExecutor(1) as one:
+        first, second = dependency(), dependency()
+        assert one.submit(next, first).result(SOON_S).held
+        following = one.submit(next, second)
+        waiting(lock)
+        pool.submit(first.close).result(SOON_S)
+        assert following.result(SOON_S).held
+        pool.submit(second.close).result(SOON_S)
+    assert is_free(lock)
+
+
+@pytest.mark.parametrize("reason", ["permits", "reentered", "replicas", "interrupt"])
+def test_no_error_is_its_own_cause(redis, name, monkeypatch, reason):
+    """Whoever walks along the causes would never come to the end."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def too_many():
+        Semaphore(redis, name, permits=1).acquire(permits=2)
+
+    def again():
+        with Lock(redis, name):
+            Lock(redis, name).acquire(SOON_S)
+
+    def replicated():
+        Lock(redis, name, replicas=1).acquire()
+
+    def interrupted():
+        lock = Lock(redis, name)
+        monkeypatch.setattr(lock._store, "take", interrupt)
+        lock.acquire()
+
+    call, kind = {
+        "permits": (too_many, PermitsExceeded),
+        "reentered": (again, LockReentered),
+        "replicas": (replicated, NotReplicated),
+        "interrupt": (interrupted, KeyboardInterrupt),
+    }[reason]
+    with pytest.raises(kind) as raised:
+        call()
+    error, seen = raised.value, []
+    while error is not None:
+        assert error not in seen
+        seen.append(error)
+        error = error.__cause__ or error.__context__
 
 
 def test_a_reentrant_lock_is_free_after_as_many_releases(redis, name, pool):
@@ -405,6 +565,26 @@ def test_force_release_of_what_is_free_raises_the_fence_all_the_same(redis, name
     assert lock.inspect().last_fence > hold.fence
 
 
+def test_others_wait_for_the_shortened_lease_of_one_that_died(redis, name):
+    hold = Lock(redis, name, ttl="1h", renew=False).acquire()
+    hold.extend(0.3)
+    other = Lock(redis, name)
+    assert other.try_acquire().retry_after <= 0.3
+    eventually(lambda: hold.lost, "its lease is over")
+    taken = []
+    eventually(lambda: taken.append(other.try_acquire()) or taken[-1], "it is free then", within_s=10)
+    assert taken[-1].release()
+
+
+def test_nothing_is_extended_beyond_max_hold(redis, name):
+    lock = Lock(redis, name, ttl=10, max_hold=20)
+    hold = lock.acquire()
+    hold.extend("1h")
+    assert hold.deadline <= hold.began + 20
+    assert 10 < lock.inspect().holders[0].lease_left <= 20
+    assert hold.release()
+
+
 # Replicas
 
 
@@ -433,6 +613,49 @@ def test_with_a_replica_the_hold_is_there_when_it_is_returned(own_server, name):
         with pytest.raises(NotReplicated, match="1 of 2"):
             Lock(redis, name, replicas=2).acquire()
         assert is_free(lock)
+
+
+def test_a_hold_that_was_waited_for_is_confirmed_by_replicas_too(own_server, name, pool):
+    primary = own_server("--repl-diskless-sync-delay", "0")
+    replica = own_server("--replicaof", f"127.0.0.1 {primary.port}")
+    with connect(primary.url) as redis, connect(replica.url) as copy:
+        process = copy.coordination.info("server")["process_id"]
+        eventually(lambda: redis.coordination.execute_command("WAIT", 1, 100) == 1, "the replica follows")
+        lock = Lock(redis, name, ttl="1h")
+        with lock:
+            following = pool.submit(Lock(redis, name, ttl="1h", replicas=1).acquire, SOON_S)
+            waiting(lock)
+            eventually(lambda: redis.coordination.execute_command("WAIT", 1, 100) == 1, "the queue is replicated")
+            os.kill(process, signal.SIGSTOP)
+        try:
+            with pytest.raises(NotReplicated):
+                following.result(SOON_S)
+        finally:
+            os.kill(process, signal.SIGCONT)
+        assert is_free(lock)
+
+
+def test_what_was_taken_away_while_it_was_confirmed_is_not_held(redis, name, pool, monkeypatch):
+    """It would be taken anew, and the fence of the hold would be below that of a holder in between."""
+    lock = Lock(redis, name, replicas=1)
+    take, looks = lock._store.take, []
+
+    def taken_away(token, units, lease_ms, channel, *rest):
+        if looks and not channel:
+            lock.force_release()
+            assert Lock(redis, name).try_acquire().release()
+        looks.append(channel)
+        return take(token, units, lease_ms, channel, *rest)
+
+    monkeypatch.setattr(lock._store, "take", taken_away)
+    monkeypatch.setattr(lock._store, "confirm", lambda replicas, timeout_ms: replicas)
+    with Lock(redis, name):
+        following = pool.submit(lock.acquire, SOON_S)
+        waiting(lock)
+    with pytest.raises(NotReplicated):
+        following.result(SOON_S)
+    assert [bool(channel) for channel in looks] == [False, True, False]
+    eventually(lambda: is_free(lock), "it is given back", within_s=20)
 
 
 # Names, labels, arguments

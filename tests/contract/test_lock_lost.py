@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from local_nodes import eventually
 
 from petiole.cachelib import connect
 from petiole.cachelib.connections import Profile
-from petiole.coordination import Busy, Lock
+from petiole.coordination import Busy, Lock, keeper
 from petiole.coordination.errors import LockError, LockLost, LockUnavailable
 
 SOON_S = 30
@@ -48,6 +49,10 @@ def refusing(redis):
         yield
     finally:
         redis.coordination.execute_command("ACL", "SETUSER", "default", "+@all")
+
+
+def scripts_refused(redis):
+    return redis.coordination.info("errorstats").get("errorstat_NOPERM", {"count": 0})["count"]
 
 
 def lose(hold):
@@ -245,6 +250,49 @@ def test_a_block_that_lost_its_lock_raises_at_its_end(redis, name):
         lose(hold)
 
 
+def test_a_block_whose_lock_the_server_has_given_away_raises_at_its_end(redis, name):
+    """No renewal came in between that could have told."""
+    lock, told = Lock(redis, name, ttl="1h"), threading.Event()
+
+    def work():
+        with lock as hold:
+            hold.on_lost(lambda _: told.set())
+            lock.force_release()
+            assert Lock(redis, name).try_acquire().release()
+            assert hold.held  # as far as it knows
+
+    with pytest.raises(LockLost, match="the server says"):
+        work()
+    assert told.wait(SOON_S)
+    assert lock.stats()["losses"] == 1
+    hold = lock.acquire()
+    lock.force_release()
+    assert hold.release() is False
+    assert hold.lost
+
+
+def test_a_loss_is_told_by_the_clock_while_another_thread_is_about_to_tell(redis, name):
+    """The one that finds out first takes it from those that are kept, and may be a while before it says so."""
+    hold = Lock(redis, name, ttl=0.2, renew=False).acquire()
+    assert hold._keeper.let_go(hold)  # as that thread does
+    eventually(lambda: time.monotonic() > hold.deadline, "its lease is over")
+    assert hold.lost
+    assert not hold.held
+    with pytest.raises(LockLost):
+        hold.raise_if_lost()
+    assert hold.release() is False
+
+
+def test_a_callback_that_exits_costs_the_others_nothing(redis, name, caplog):
+    count, told, exits = 20, [], sys.exit
+    holds = [Lock(redis, f"{name}:{number}", ttl="1h").acquire() for number in range(count)]
+    for hold in holds:
+        hold.on_lost(lambda hold: (told.append(hold), exits(1)))
+        lose(hold)
+    eventually(lambda: len(told) == count, "all are told", within_s=20)
+    eventually(lambda: caplog.text.count("SystemExit: 1") >= count, "each exit is logged", within_s=20)
+
+
 def test_a_loss_hides_nothing_that_the_block_raises(redis, name):
     def lose_and_fail(hold):
         lose(hold)
@@ -343,7 +391,158 @@ def test_holds_of_closed_connections_are_told_so(own_server, name):
         hold.raise_if_lost()
 
 
+def test_what_cannot_be_given_back_now_is_given_back_later_though_its_lease_was_extended(own, name):
+    """It is remembered for as long as the server may think that it is held, and not for the lease it began with."""
+    lock = Lock(own, name, ttl=0.3, renew=False)
+    hold = lock.acquire()
+    hold.extend("1h")
+    with refusing(own):
+        assert hold.release() is True
+        refused = scripts_refused(own)
+        NEVER.wait(0.8)  # longer than the lease it began with
+        assert scripts_refused(own) > refused, "it was tried again"
+    eventually(lambda: is_free(lock), "it is given back as soon as the server answers", within_s=20)
+
+
+def test_what_closed_connections_held_is_free_at_once(own_server, name):
+    server, told = own_server(), []
+    redis = connect(server.url)
+    holds = [Lock(redis, f"{name}:{number}", ttl="1h").acquire() for number in range(3)]
+    for hold in holds:
+        hold.on_lost(told.append)
+    redis.close()
+    assert not any(hold.held for hold in holds)
+    eventually(lambda: len(told) == 3, "they are told", within_s=20)
+    with connect(server.url) as other:
+        for number in range(3):
+            assert Lock(other, f"{name}:{number}").try_acquire().release()
+
+
+def test_what_could_not_be_given_back_is_tried_once_more_when_the_connections_close(own, name):
+    with connect(own.url) as redis:
+        hold = Lock(redis, name, ttl="1h").acquire()
+        with refusing(own):
+            assert hold.release()
+    assert Lock(own, name).try_acquire().release()
+
+
+def test_with_closed_connections_nothing_is_taken(own_server, name):
+    redis = connect(own_server().url)
+    lock, used = Lock(redis, name), Lock(redis, f"{name}:used")
+    with used:
+        pass
+    redis.close()
+    for call in (lock.acquire, lock.try_acquire, used.acquire, used.try_acquire):
+        with pytest.raises(LockUnavailable):
+            call()
+
+
+def test_a_server_that_refuses_is_told_from_one_that_does_not_answer(own, name):
+    lock = Lock(own, name)
+    for call in (lock.acquire, lock.try_acquire):
+        with refusing(own), pytest.raises(LockUnavailable, match=r"refused \(NoPermissionError"):
+            call()
+    with standing_still(own), pytest.raises(LockUnavailable, match="did not answer"):
+        lock.try_acquire()
+    eventually(lambda: is_free(lock), "what it did when it went on is undone", within_s=20)
+
+
 # The thread that renews
+
+
+def test_an_extension_and_a_renewal_follow_one_another(redis, name, monkeypatch):
+    """If they crossed, the hold could believe in the one that was carried out first."""
+    lock = Lock(redis, name, ttl=10)
+    hold, renewed = lock.acquire(), threading.Event()
+    renew = keeper.renew
+
+    def slowly(redis, holds):
+        replies = renew(redis, holds)
+        if holds[0][2] == 60_000:  # its answer is read after a renewal, if one can be made now
+            hold.renewal_due = 0.0
+            hold._keeper.keep(hold)
+            renewed.wait(0.5)
+        else:
+            renewed.set()
+        return replies
+
+    monkeypatch.setattr(keeper, "renew", slowly)
+    hold.extend(60)
+
+    def believes_what_the_server_says():
+        believed_s = hold.remaining
+        return believed_s <= lock.inspect().holders[0].lease_left
+
+    eventually(believes_what_the_server_says, "it believes in no more than there is", within_s=5)
+    assert hold.release()
+
+
+def test_a_shorter_lease_counts_from_the_moment_it_is_asked_for(redis, name, monkeypatch):
+    """The answer may be lost; the server has shortened it all the same, and another may hold it."""
+    hold = Lock(redis, name, ttl=60, renew=False).acquire()
+    renew = keeper.renew
+
+    def without_an_answer(redis, holds):
+        renew(redis, holds)
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(keeper, "renew", without_an_answer)
+    with pytest.raises(LockUnavailable):
+        hold.extend(0.3)
+    other, taken = Lock(redis, name), []
+    eventually(lambda: taken.append(other.try_acquire()) or taken[-1], "it is free", within_s=20)
+    assert hold.lost
+    assert taken[-1].release()
+
+
+def test_renewals_do_not_shorten_what_was_extended(redis, name):
+    lock, other = Lock(redis, name, ttl=0.3), Lock(redis, f"{name}:other", ttl=0.3).acquire()
+    hold, first = lock.acquire(), other.deadline
+    hold.extend(60)
+    eventually(lambda: other.deadline > first + 0.5, "another was renewed again and again")
+    assert hold.remaining > 30
+    assert lock.inspect().holders[0].lease_left > 30
+    assert hold.release()
+    assert other.release()
+
+
+def test_a_hold_that_was_found_late_is_renewed_at_once(redis, name):
+    """Somebody was told late that it was granted, so most of its lease is over."""
+    lock = Lock(redis, name, ttl=60)
+    taken = lock._store.take("token", 1, 60_000, "", "somebody")
+    late = time.monotonic() + 10
+    hold = lock._held("token", 1, taken.fence, late)
+    eventually(lambda: hold.deadline > late, "it is renewed, before a third of a lease from now", within_s=8)
+    assert hold.release()
+
+
+@contextmanager
+def hanging(cluster, node):
+    pid = int(cluster.run(node, "INFO", "server").split(b"process_id:")[1].split()[0])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_a_node_that_hangs_costs_nothing_that_is_held_on_the_others(own_cluster, name):
+    cluster = own_cluster(3)
+    for node in cluster.nodes:  # the others go on without it, and nobody takes over
+        cluster.run(node, "CONFIG", "SET", "cluster-require-full-coverage", "no")
+        cluster.run(node, "CONFIG", "SET", "cluster-node-timeout", "60000")
+    with connect(cluster.url) as redis:
+        holds = [Lock(redis, f"{name}:{number}", ttl=3).acquire() for number in range(30)]
+        sick = cluster.nodes[1]
+        there = [hold for hold in holds if cluster.owner(hold.store.slot) is sick]
+        others = [hold for hold in holds if hold not in there]
+        assert len(there) > 2
+        with hanging(cluster, sick):
+            until = time.monotonic() + 5.5
+            eventually(lambda: all(hold.lost for hold in there), "those are lost", within_s=20)
+            eventually(lambda: all(hold.deadline > until or hold.lost for hold in others), "renewed", within_s=20)
+            assert [hold.what for hold in others if hold.lost] == []
+        assert all(hold.release() for hold in others)
 
 
 def test_one_thread_renews_all_of_a_process_in_few_commands(own, name):

@@ -14,7 +14,7 @@ import pytest
 from petiole.cachelib import Connections, EmbeddedServer, connect
 from petiole.coordination import Allowed, Decision, Limited, RateLimit, RateLimiter
 from petiole.coordination import rate_limiter as module
-from petiole.coordination.errors import CoordinationError, LimiterUnavailable
+from petiole.coordination.errors import CoordinationError, LimiterUnavailable, LimitExceeded
 from petiole.coordination.keys import RateKeys
 from petiole.coordination.rate_limit import Reserved
 
@@ -457,6 +457,41 @@ def test_an_estimate_is_settled(redis: Connections, name: str, limit: RateLimit)
         limiter.settle(limiter.with_limits([RateLimit("6/m")]).hit("user:8"), 10_000)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="0 or more"):
         limiter.settle(second, -1)
+
+
+@pytest.mark.parametrize("actual_cost", [0, 1, 2])
+def test_to_settle_gives_no_permit_back(redis: Connections, name: str, actual_cost: int) -> None:
+    """Where all limits are of what is at once, there is nothing to be given back or owed."""
+    limiter = RateLimiter(redis, name, [RateLimit.concurrent(2)])
+    decision = limiter.hit("user:7")
+    assert isinstance(decision, Allowed)
+
+    limiter.settle(decision, actual_cost)
+
+    assert limiter.peek("user:7").remaining == 1
+    with pytest.raises(ValueError, match="given back or settled before"):
+        limiter.settle(decision, actual_cost)
+    decision.release()
+    assert limiter.peek("user:7").remaining == 2
+
+
+def test_a_block_is_for_calls_that_were_allowed(redis: Connections, name: str) -> None:
+    """The body of one that was refused does not run; the error says when to come again."""
+    limiter, ran = RateLimiter(redis, name, [RateLimit("1/m")]), []
+    with limiter.hit("user:7"):
+        ran.append("first")
+    refused = limiter.peek("user:7")
+    assert isinstance(refused, Limited)
+
+    with pytest.raises(LimitExceeded, match="1/m") as raised, limiter.hit("user:7"):
+        ran.append("second")
+
+    assert ran == ["first"]
+    assert 0 < raised.value.retry_after <= refused.retry_after
+    limiter.block("user:7", "2m")
+    with pytest.raises(LimitExceeded, match="blocked"), limiter.hit("user:7"):
+        ran.append("third")
+    assert ran == ["first"]
 
 
 def test_only_what_this_limiter_charged_is_given_back(redis: Connections, name: str) -> None:

@@ -220,6 +220,23 @@ def test_a_number_that_was_set_is_remembered_while_nobody_holds_anything(redis, 
     assert redis.coordination.pttl(state) > 6 * 86_400_000
 
 
+def test_a_number_is_remembered_that_was_set_while_it_was_in_use(redis, of):
+    """And so had a TTL already."""
+    with of(1):
+        assert of(1).resize(7) == 1
+    (state,) = redis.scan(f"petiole:*:{{semaphore:{of(1).name}}}")
+    assert redis.coordination.pttl(state) > 6 * 86_400_000
+    assert of(1).resize(None) == 0
+    assert redis.coordination.pttl(state) < 86_400_000
+
+
+def test_it_remembers_nothing_of_each_number_that_was_asked_for(of):
+    semaphore = of(500)
+    for permits in range(1, 200):
+        assert semaphore.acquire(permits=permits).release()
+    assert len(semaphore._store._takes) < 50
+
+
 def test_more_than_there_are_is_refused_at_once(of, pool):
     semaphore = of(3)
     for take in (lambda: semaphore.acquire(permits=4), lambda: semaphore.try_acquire(permits=4)):
