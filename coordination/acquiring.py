@@ -112,7 +112,7 @@ class Acquirable:
         try:
             hold = self.acquire_units(self._units, None, token)
             self._entered.push(hold)
-            if self._alone:
+            if self._alone and hold.frame is None:
                 hold.frame = calling_frame()
             return hold
         except BaseException as error:  # out of a signal handler, between two lines

@@ -219,7 +219,7 @@ class Hold:
         return held
 
     def __enter__(self) -> Self:
-        self.frame = calling_frame()
+        self.frame = self.frame or calling_frame()
         return self
 
     def __exit__(

@@ -313,8 +313,7 @@ def test_who_waits_for_itself_through_several_functions_is_told_so(redis, name):
     def inner(levels=5):
         if levels:
             return inner(levels - 1)
-        with Lock(redis, name):
-            return "never"
+        return Lock(redis, name).acquire(SOON_S)
 
     def by_block():
         with lock:
@@ -365,7 +364,7 @@ def test_tasks_that_share_a_thread_of_a_pool_may_wait_for_each_other(redis, name
         loop.set_default_executor(ThreadPoolExecutor(1))
         hold = await asyncio.create_task(asyncio.to_thread(lock.acquire))
         following = asyncio.create_task(asyncio.to_thread(lock.acquire, SOON_S))
-        while not lock.inspect().waiting:
+        while not lock.inspect().waiting and not following.done():
             await asyncio.sleep(0.01)
         assert hold.release()
         assert (await following).release()

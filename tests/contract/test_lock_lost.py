@@ -499,6 +499,9 @@ def test_renewals_do_not_shorten_what_was_extended(redis, name):
     lock, other = Lock(redis, name, ttl=0.3), Lock(redis, f"{name}:other", ttl=0.3).acquire()
     hold, first = lock.acquire(), other.deadline
     hold.extend(60)
+    hold.renewal_due = 0.0  # as if it had been in a batch already
+    hold._keeper.keep(hold)
+    eventually(lambda: hold.renewal_due, "it was renewed")
     eventually(lambda: other.deadline > first + 0.5, "another was renewed again and again")
     assert hold.remaining > 30
     assert lock.inspect().holders[0].lease_left > 30

@@ -509,6 +509,7 @@ def test_who_waits_and_is_not_allowed_to_listen_is_told_at_once(own, name, pool)
     forbid(own, "-subscribe")
     with pytest.raises(LockUnavailable, match=r"refused \(NoPermissionError"):
         lock.acquire()
+    assert own.coordination.info("errorstats")["errorstat_NOPERM"]["count"] < 5, "to ask again is of no use"
     forbid(own, "+@all")
     eventually(lambda: not lock.inspect().waiting, "no place is left in the queue")
     assert hold.release()
