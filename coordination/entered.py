@@ -91,8 +91,7 @@ class Entered(Generic[T]):
 
     def push(self, hold: T) -> None:
         """A statement has begun."""
-        with self._lock:
-            self._all.append((owner_here(), hold))
+        self._all.append((owner_here(), hold))
 
     def drop(self, hold: T) -> None:
         """A statement has ended, or has not begun after all."""
@@ -117,12 +116,13 @@ class Entered(Generic[T]):
             raise
 
     def _newest(self) -> T:
-        owner = owner_here()
-        with self._lock:
-            if not self._all:
-                raise RuntimeError("a with block was left that was not entered: __exit__ without its __enter__")
-            mine = [hold for whose, hold in self._all if whose == owner]
-            return mine[-1] if mine else self._all[-1][1]
+        owner, entered = owner_here(), self._all.copy()
+        if not entered:
+            raise RuntimeError("a with block was left that was not entered: __exit__ without its __enter__")
+        for whose, hold in reversed(entered):
+            if whose == owner:
+                return hold
+        return entered[-1][1]
 
     def renew_after_fork(self) -> None:
         """Make the lock anew."""
