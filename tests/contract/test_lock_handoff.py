@@ -116,12 +116,12 @@ def test_thirty_two_processes_are_served_in_their_order_by_two_commands_each(cre
 
 def test_who_waits_sends_no_command_and_does_not_run(crew, redis, lock):
     hold = lock.acquire()
-    crowd = queue_up(crew, redis, WAITERS)
+    crowd = queue_up(crew, redis, 8)
     processes = [psutil.Process(crew.pids[worker]) for worker in crowd]
     client = redis.coordination
     eventually(partial(all_sleep, processes), "all sleep")
     before, switches, pings = client.info("stats"), switches_of(processes), calls(redis, "ping")
-    threading.Event().wait(1.0)
+    threading.Event().wait(0.5)
     after, switched = client.info("stats"), switches_of(processes)
     commands = after["total_commands_processed"] - before["total_commands_processed"]
     pinged = calls(redis, "ping") - pings  # by who had to wait very long

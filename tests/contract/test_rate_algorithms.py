@@ -179,24 +179,27 @@ in_step = st.lists(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
-@given(
-    limit=st.sampled_from(
-        [
-            RateLimit("10/s", burst=2),
-            RateLimit("30/s", burst=4),
-            RateLimit("7/s", burst=3),
-            RateLimit.exact("3/s"),
-            RateLimit.bucketed("3/s", buckets=2),
-        ]
-    ),
-    schedule=in_step,
+limits_in_step = st.sampled_from(
+    [
+        RateLimit("10/s", burst=2),
+        RateLimit("30/s", burst=4),
+        RateLimit("7/s", burst=3),
+        RateLimit.exact("3/s"),
+        RateLimit.bucketed("3/s", buckets=2),
+    ]
 )
-def test_the_scripts_agree_with_the_models_on_calls_in_step(
-    redis: Connections, limit: RateLimit, schedule: list[tuple[str, int, int]]
-) -> None:
+
+
+@pytest.mark.parametrize("examples", [75, pytest.param(1_000, marks=pytest.mark.storm)])
+def test_the_scripts_agree_with_the_models_on_calls_in_step(redis: Connections, examples: int) -> None:
     """Refunds among reservations, at times when what is paid off and what is given back meet to the microsecond."""
-    follow(InRedis(redis), (limit,), schedule, 1_700_000_000_000_000)
+
+    @settings(deadline=None, max_examples=examples)
+    @given(limit=limits_in_step, schedule=in_step)
+    def search(limit: RateLimit, schedule: list[tuple[str, int, int]]) -> None:
+        follow(InRedis(redis), (limit,), schedule, 1_700_000_000_000_000)
+
+    search()
 
 
 def follow(there: InRedis, limits: tuple[RateLimit, ...], schedule: list[tuple[str, int, int]], now_us: int) -> None:

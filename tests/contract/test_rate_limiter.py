@@ -37,7 +37,7 @@ import json, os, sys, time
 from petiole.cachelib import connect
 from petiole.coordination import RateLimit, RateLimiter
 
-url, name, seconds = sys.argv[1:]
+url, name, rounds = sys.argv[1:]
 redis = connect(url)
 rolling = RateLimiter(redis, name, [RateLimit.exact("200/s")])
 days = [
@@ -64,8 +64,7 @@ redis.coordination.rpush(name + ":ready", "1")
 redis.blocking.blpop([name + ":go"])
 first = server_us()
 asked, daily, late, times = 0, [0] * len(days), 0, []
-end = time.monotonic() + float(seconds)
-while time.monotonic() < end:
+for _ in range(int(rounds)):
     asked += 1
     decision = rolling.hit("everybody")
     if decision:
@@ -77,18 +76,19 @@ redis.close()
 """
 
 
-def test_sixteen_processes_together_get_exactly_the_bound(redis: Connections, name: str) -> None:
+@pytest.mark.parametrize("rounds", [60, pytest.param(600, marks=pytest.mark.storm)])
+def test_sixteen_processes_together_get_exactly_the_bound(redis: Connections, name: str, rounds: int) -> None:
     """However many hammer at once: all of what a limit admits is admitted, and not one more, in any window."""
-    hammer = subprocess.Popen([sys.executable, "-c", HAMMER, redis.url, name, "10"])
+    hammer = subprocess.Popen([sys.executable, "-c", HAMMER, redis.url, name, str(rounds)])
     for _ in range(16):
         assert redis.blocking.blpop([f"{name}:ready"], timeout=60)
     redis.coordination.rpush(f"{name}:go", *range(16))
-    reports = [json.loads(redis.blocking.blpop([f"{name}:reports"], timeout=60)[1]) for _ in range(16)]
+    reports = [json.loads(redis.blocking.blpop([f"{name}:reports"], timeout=120)[1]) for _ in range(16)]
     assert hammer.wait(30) == 0
     firsts, lasts, asked, times, daily, late = zip(*reports, strict=True)
 
     assert [sum(counts) for counts in zip(*daily, strict=True)] == [500] * 7
-    assert sum(asked) > 500
+    assert sum(asked) == 16 * rounds > 500
     began_us = sorted(at_us for own in times for at_us in own)
     assert all(later - at >= 1_000_000 for at, later in zip(began_us, began_us[200:], strict=False))
     assert len(began_us) >= 200
@@ -107,7 +107,7 @@ def test_a_caller_gets_the_burst_and_then_has_to_wait(redis: Connections, name: 
     assert isinstance(answers[3], Limited)
     assert answers[3].by is limit
     assert answers[3].reason == "limit"
-    assert 1_190 < answers[3].retry_after <= 1_200
+    assert 1_170 < answers[3].retry_after <= 1_200
 
 
 def test_reset_after_is_when_the_whole_burst_is_back(redis: Connections, name: str) -> None:
@@ -201,7 +201,7 @@ def test_a_cost_counts_as_so_many_calls(redis: Connections, name: str) -> None:
     assert isinstance(answer, Allowed)
     assert answer.remaining == 2
     assert isinstance(refused, Limited)
-    assert 590 < refused.retry_after <= 600
+    assert 570 < refused.retry_after <= 600
     assert limiter.hit("user:7", cost=2)
 
 
@@ -605,12 +605,12 @@ def test_a_permit_comes_back_when_it_is_released(redis: Connections, name: str) 
 
 def test_a_permit_of_a_holder_that_died_comes_back_by_its_lease(redis: Connections, name: str) -> None:
     """Nobody releases it; after its lease somebody else is admitted, while others keep theirs."""
-    limiter = RateLimiter(redis, name, [RateLimit.concurrent(1, lease="200ms")])
-    assert limiter.hit("user:7")
-    refused = limiter.hit("user:7")
+    limiter = RateLimiter(redis, name, [RateLimit.concurrent(1, lease=1)])
+    while (refused := limiter.hit("user:7")) or (refused := limiter.hit("user:7")):
+        pass  # a machine on which a second passes between two lines
     assert isinstance(refused, Limited)
-    assert refused.retry_after <= 0.2
-    time.sleep(0.21)
+    assert refused.retry_after <= 1
+    time.sleep(refused.retry_after)
 
     assert limiter.hit("user:7")
 
@@ -619,14 +619,14 @@ def test_a_blocked_caller_is_refused_everywhere(redis: Connections, name: str) -
     """Whatever is left; for as long as the longest block says; until it is ended."""
     limiter = RateLimiter(redis, name, [RateLimit("100/h")])
     elsewhere = RateLimiter(redis, name, [RateLimit("100/h")])
-    assert 599 < limiter.block("user:7", "10m") <= 600
-    assert 599 < limiter.block("user:7", 1) <= 600
+    assert 570 < limiter.block("user:7", "10m") <= 600
+    assert 570 < limiter.block("user:7", 1) <= 600
     answer = elsewhere.hit("user:7")
 
     assert isinstance(answer, Limited)
     assert (answer.by, answer.reason) == (None, "blocked")
-    assert 599 < answer.retry_after <= 600
-    assert 599 < elsewhere.inspect("user:7").blocked_for <= 600
+    assert 570 < answer.retry_after <= 600
+    assert 570 < elsewhere.inspect("user:7").blocked_for <= 600
     reserved = elsewhere.reserve("user:7")
     assert isinstance(reserved, Reserved)
     assert 599 < reserved.start_after <= 600

@@ -156,18 +156,23 @@ def test_whatever_is_raised_all_is_given_back(
     assert not any(is_held_at(server, name) for server in servers)
 
 
-def test_it_goes_on_while_a_minority_hangs(servers: list[Connections], name: str) -> None:
+def test_it_goes_on_while_a_minority_hangs(
+    servers: list[Connections], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Which costs one short wait, and not one for each acquire; when it answers again it holds nothing."""
-    lock = Redlock(servers, name)
-    answer_s = lock._stores[0]._profile.answer_s
-    assert answer_s is not None
-    rounds = 40
+    lock, asked = Redlock(servers, name, ttl=LONG_S), []
+    take = module._Store.take
+
+    def noted(self: TurnStore, *arguments: object, **options: object) -> Taken:
+        asked.append(self.redis)
+        return take(self, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module._Store, "take", noted)
     with hung(servers[0]):
-        began = time.monotonic()
-        for _ in range(rounds):
+        for _ in range(rounds := 20):
             lock.acquire(timeout=LONG_S).release()
-        elapsed_s = time.monotonic() - began
-    assert elapsed_s < rounds * answer_s
+    # A busy machine may let another look silent for once, and then the one that hangs is needed.
+    assert 1 <= asked.count(servers[0]) < rounds / 2
     eventually(lambda: not is_held_at(servers[0], name), "the one that hung has it back")
 
 

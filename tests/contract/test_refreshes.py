@@ -16,7 +16,7 @@ from petiole.cachelib.background import Background
 from petiole.cachelib.errors import LoaderRecursion, LoadTimedOut, ValueNotCacheable
 from petiole.cachelib.keys import lease
 
-MAY_TAKE_S = 10
+MAY_TAKE_S = 30
 AT_ONCE = 1e-9
 """``early`` as the share of the TTL that has always passed."""
 

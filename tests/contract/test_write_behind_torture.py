@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 import sqlalchemy as sa
 
@@ -19,8 +18,6 @@ from petiole.cachelib.write_behind import Buffer, Flusher, SqlSink
 
 PROGRAMS = Path(__file__).parent / "write_behind_programs"
 
-ROWS = 6_000
-KILLS = 25
 FLUSHERS = 3
 PARTITIONS = 4
 BATCH_SIZE = 20
@@ -58,20 +55,18 @@ class Flushers:
         os.kill(pid, signal.SIGKILL)
 
     def end(self) -> None:
-        """Kill all that run; the one that starts them is stopped first, so that none is missed."""
-        starter = psutil.Process(self.process.pid)
-        starter.suspend()
-        children = starter.children()
-        for process in (*children, starter):
-            process.kill()
+        """Kill the whole group at once, so that none is missed that is being started. Their pipe ends with them."""
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
-        psutil.wait_procs(children)
 
 
 @contextmanager
 def flushers(*arguments: str) -> Iterator[Flushers]:
     process = subprocess.Popen(
-        [sys.executable, str(PROGRAMS / "flushers.py"), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, str(PROGRAMS / "flushers.py"), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     started = Flushers(process)
     try:
@@ -82,8 +77,9 @@ def flushers(*arguments: str) -> Iterator[Flushers]:
         started.end()
 
 
+@pytest.mark.parametrize(("rows", "kills"), [(1_500, 6), pytest.param(12_000, 50, marks=pytest.mark.storm)])
 def test_flushers_that_are_killed_at_any_moment_apply_each_row_once(
-    redis: Connections, engine: sa.Engine, database_url: str, name: str
+    redis: Connections, engine: sa.Engine, database_url: str, name: str, rows: int, kills: int
 ) -> None:
     """Three flushers compete for all partitions and are killed in all steps; neither effect can be repeated."""
     metadata = sa.MetaData()
@@ -100,8 +96,8 @@ def test_flushers_that_are_killed_at_any_moment_apply_each_row_once(
     expected: Counter[int] = Counter()
 
     def put(number: int) -> None:
-        rows = [{"number": number}, {"key": number % KEYS, "total": number}]
-        for sink, buffer, row in zip(sinks, buffers, rows, strict=True):
+        both = [{"number": number}, {"key": number % KEYS, "total": number}]
+        for sink, buffer, row in zip(sinks, buffers, both, strict=True):
             packed = sink.format.pack(row)
             buffer.put(buffer.partition_of(packed.identity), packed.payload)
         expected[number % KEYS] += number
@@ -111,7 +107,7 @@ def test_flushers_that_are_killed_at_any_moment_apply_each_row_once(
     until_kill = chance.randint(20, 80)
     put_so_far = 0
     with flushers(redis.url, database_url, name, str(PARTITIONS), str(BATCH_SIZE)) as running:
-        while put_so_far < ROWS or killed.total() < KILLS:
+        while put_so_far < rows or killed.total() < kills:
             pid, step = running.next_step()
             for _ in range(4):
                 put(put_so_far)
@@ -132,7 +128,7 @@ def test_flushers_that_are_killed_at_any_moment_apply_each_row_once(
     assert [number for number, times in numbers.items() if times > 1] == []
     assert set(range(put_so_far)) - numbers.keys() == set()
     assert summed == dict(expected)
-    assert killed.total() >= KILLS
+    assert killed.total() >= kills
 
 
 def _stopped(process: "subprocess.Popen[str]") -> bool:

@@ -37,7 +37,7 @@ def test_a_publish_that_cannot_be_made_raises_soon(reference: Celery, retry: boo
     with pytest.raises(OperationalError):
         task.apply_async(retry=retry)
 
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 20  # a pool by itself tries for minutes
 
 
 def test_every_setting_is_one_that_celery_knows(reference: Celery) -> None:

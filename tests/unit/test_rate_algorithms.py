@@ -237,11 +237,12 @@ in_step = st.lists(
 )
 
 
+@pytest.mark.parametrize("examples", [100, pytest.param(2_000, marks=pytest.mark.storm)])
 @EVERY
-def test_refunds_among_reservations_never_make_room_that_is_not_there(kind: str) -> None:
+def test_refunds_among_reservations_never_make_room_that_is_not_there(kind: str, examples: int) -> None:
     """Calls that come in step with the limit, where what is paid off and what is given back meet to the microsecond."""
 
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=examples, deadline=None)
     @given(burst=st.integers(1, 4), schedule=in_step)
     def search(burst: int, schedule: list[tuple[str, int, int]]) -> None:
         limit = {

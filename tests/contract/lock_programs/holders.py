@@ -180,10 +180,10 @@ class Worker:
 
     def do_anything(self) -> None:
         """Acquire in any way, write, look, take its time, and release; until the end is told."""
-        for _ in range(self.job.get("holds", 1_000_000)):
+        for number in range(self.job.get("holds", 1_000_000)):
             if self.ended.exists():
                 return
-            how = self.chance.choice(["acquire", "acquire", "within", "try"])
+            how = self.chance.choice(["acquire", "acquire", "within", "try"]) if number else "acquire"
             if not self.acquire(how, self.chance.uniform(0.001, 0.5) if how == "within" else None):
                 time.sleep(self.chance.uniform(0.0, 0.02))
                 continue
