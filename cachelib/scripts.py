@@ -6,7 +6,7 @@ A file opens with what it does and then states its contract::
     -- ARGV: token, lease_ms
     -- RETURNS: ...
 
-The loader reads the names; a call that does not fit them fails before anything is sent. A name that ends in
+The loader reads the names, on the next line too after a comma at the end; a call that does not fit them fails before anything is sent. A name that ends in
 ``...`` takes a sequence; several such names in one line take sequences of equal length, except ``tags...`` where ARGV
 names ``tag_count``, which the loader fills in. ``-- USES: _versions`` puts the text of ``_versions.lua`` before the
 script's. EVALSHA first; a server that does not know the script (a restart, a failover, SCRIPT FLUSH) is sent its text.
@@ -26,7 +26,7 @@ T = TypeVar("T")
 Argument = str | bytes | int
 
 _USES = re.compile(r"^-- USES: (\w+)$", re.MULTILINE)
-_HEADER = re.compile(r"^-- (KEYS|ARGV):[ ]*(.*)$", re.MULTILINE)
+_HEADER = re.compile(r"^-- (KEYS|ARGV):[ ]*(.*(?:(?<=,)\n-- .*)*)$", re.MULTILINE)
 
 
 class Script(Generic[T]):
@@ -144,7 +144,7 @@ def load(package: str, name: str, decode: Callable[[Any], T]) -> Script[T]:
 
 
 def _names(line: str) -> tuple[tuple[str, bool], ...]:
-    names = [part.strip() for part in line.split(",") if part.strip() not in ("", "none")]
+    names = [part.strip() for part in line.replace("\n--", "").split(",") if part.strip() not in ("", "none")]
     return tuple((name.removesuffix("..."), name.endswith("...")) for name in names)
 
 

@@ -1,5 +1,9 @@
 """What can go wrong on floor 2. One root; facts as attributes; the message says the next step."""
 
+from typing import Any
+
+from ..cachelib.durations import Duration, milliseconds
+
 
 class CoordinationError(Exception):
     """Root of every error that ``petiole.coordination`` raises on purpose."""
@@ -142,3 +146,71 @@ class PartiesDisagree(BarrierError, ValueError):
             f"{what}: this process waits for {parties} parties, those who are there wait for {others}; "
             "give all of them the same number"
         )
+
+
+class TaskError(CoordinationError):
+    """Root of what goes wrong with the gates of tasks."""
+
+
+class DuplicateTask(TaskError):
+    """Another call that counts as the same has been sent, or runs."""
+
+    def __init__(self, task: str, what: str, other: str = "") -> None:
+        self.task = task
+        self.what = what
+        self.other = other
+        by = f" by {other}" if other else ""
+        super().__init__(f"{task}: {what} is taken{by}; on_conflict= says what becomes of another call")
+
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        return type(self), (self.task, self.what, self.other)
+
+
+class TooManyParked(TaskError):
+    """So many tasks wait at a gate already that one more was turned away."""
+
+    def __init__(self, task: str, gate: str, most: int) -> None:
+        self.task = task
+        self.gate = gate
+        self.most = most
+        super().__init__(
+            f"{task}: {most} wait at {gate}, which is max_parked; send it again later, or choose another when_full="
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (self.task, self.gate, self.most)
+
+
+class TaskRefused(TaskError, TimeoutError):
+    """A task that runs where it was called (eager, or by a direct call) was not admitted in time."""
+
+    def __init__(self, task: str, gate: str, waited: float) -> None:
+        self.task = task
+        self.gate = gate
+        self.waited = waited
+        super().__init__(f"{task}: {gate} did not admit it within {waited:g} s; a worker would park it and go on")
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (self.task, self.gate, self.waited)
+
+
+class RateLimited(TaskError):
+    """Raised by a task that was told to come again later: it is parked, and so are all that want the same.
+
+    >>> if answer.status == 429:
+    ...     raise RateLimited(float(answer.headers["Retry-After"]))
+
+    Arguments:
+        after: in how many seconds, or another duration.
+        key: the key of the rate that is meant, as the task declares it, such as ``"{tenant}"``. Default: of the rates
+            that the arguments tell apart all, or else those of the whole task.
+    """
+
+    def __init__(self, after: Duration, key: str | None = None) -> None:
+        self.after = after
+        self.key = key
+        self.after_ms = max(1, milliseconds(after, "after", zero_allowed=True))
+        super().__init__(f"come again in {self.after_ms / 1_000:g} s")
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (self.after, self.key)

@@ -332,6 +332,11 @@ class Hold:
             self._released = True
             self._give_back()
 
+    def given_back(self) -> None:
+        """Somebody else has told the server that it is held no more."""
+        if self._keeper.let_go(self):
+            self._released, self.frame = True, None
+
     def forked(self) -> None:
         """This is a child's copy: the parent holds it."""
         self._reason = "this process was forked; its parent holds it"

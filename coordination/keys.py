@@ -85,3 +85,56 @@ def barrier_opened(barrier: str) -> str:
 def fenced(store: str, key: str) -> str:
     """A value that only the latest hold can change, and its fence: a hash."""
     return f"{LAYOUT}:fenced:{{{escaped_name(store, 'store')}:{escaped(key)}}}"
+
+
+class ParkingKeys:
+    """The keys of all tasks of one namespace that are parked, or run."""
+
+    __slots__ = ("due", "gates", "namespace", "parked", "waits", "woken")
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = escaped_name(namespace, "namespace")
+        self.parked = f"{LAYOUT}:parked:{{{self.namespace}}}"
+        """What is to be sent when a task is woken, by its id: a hash."""
+        self.waits = f"{self.parked}:waits"
+        """Where each waits: a hash."""
+        self.due = f"{self.parked}:due"
+        """When a line, or a task, is to be looked at: a sorted set."""
+        self.woken = f"{self.parked}:woken"
+        """Those to be sent: a sorted set."""
+        self.gates = f"{self.parked}:gates"
+        """The gate of each line in which anybody waits: a hash."""
+
+    def run(self, token: str) -> str:
+        """Says that an attempt of a task runs, and where, while it does."""
+        return f"{LAYOUT}:run:{{{self.namespace}}}:{escaped(token)}"
+
+    @property
+    def channel(self) -> str:
+        """On which is said that a line or a task is due. No key: nothing is stored."""
+        return f"{LAYOUT}:granted:parked.{self.namespace}"
+
+
+def line(state: str) -> str:
+    """Those that wait at a gate: a sorted set of ids."""
+    return f"{state}:parked"
+
+
+def line_order(state: str) -> str:
+    """In which order those keys come that wait at a gate: a hash."""
+    return f"{state}:order"
+
+
+def line_wakes(state: str) -> str:
+    """The state of a rate as it will be when all that were woken have come."""
+    return f"{state}:wakes"
+
+
+def debounced_task(task: str, key: str) -> str:
+    """The gate at which the calls of a task that are debounced wait for a pause. Nothing is stored under this name."""
+    return f"{LAYOUT}:pause:{{{escaped_name(task, 'task')}:{escaped(key)}}}"
+
+
+def claim(namespace: str, task: str, key: str) -> str:
+    """Which call of a task that is unique has been sent: the id of that call."""
+    return f"{LAYOUT}:claim:{{{escaped_name(namespace, 'namespace')}}}:{escaped_name(task, 'task')}:{escaped(key)}"

@@ -1,0 +1,160 @@
+"""What a task that was admitted may ask while it runs: its holds, and what it has cost.
+
+In a worker the leases are renewed by its main process, so nothing is made here until it is asked for. Where there is no
+such process (an eager run, a direct call) the holds are made at once, and renewed in this one.
+"""
+
+import time
+from collections.abc import Mapping
+
+from ..cachelib.circuit import UNAVAILABLE
+from ..cachelib.counters import Counters
+from ..cachelib.durations import Duration
+from .errors import LockLost
+from .gates import GateCall
+from .hold import Hold, Terms, valid_for_s
+from .keeper import keeper_of
+from .parking import ParkingLot, Running
+from .rate_limit import Allowed, Receipt
+from .rate_limiter import RateLimiter
+from .turn_store import TurnStore, renew
+
+
+class TaskHold(Hold):
+    """A hold that the main process of the worker renews too: it is lost when the server says so, or does not answer.
+
+    A task that keeps the interpreter busy in C code renews nothing, and finds its deadline passed when it comes back.
+    So it asks before it believes that: as long as the server knows the very hold, nobody else can have had it.
+    """
+
+    @property
+    def lost(self) -> bool:
+        if self._reason is None and not self._released and time.monotonic() >= self._deadline:
+            self._ask_again()
+        return super().lost
+
+    def _ask_again(self) -> None:
+        sent, lease_ms = time.monotonic(), self._terms.lease_ms
+        try:
+            (held,) = renew(self.store.redis, [(self.store.name, self.token, lease_ms)])
+        except (*UNAVAILABLE, RuntimeError):
+            return
+        if held and self._reason is None:
+            self.renewed(sent + valid_for_s(lease_ms), lease_ms)
+
+
+class Admitted:
+    """Of a running task: ``task.admission``.
+
+    >>> @coordinated_task(app=app, bind=True, lock="account:{account_id}", rate=Rate("90000/m", cost="{tokens}"))
+    ... def charge(self, account_id, tokens):
+    ...     with engine.begin() as connection:
+    ...         self.admission.hold.guard(connection)
+    ...     self.admission.settle(answer.usage.total_tokens)
+    """
+
+    def __init__(self, lot: ParkingLot, running: Running) -> None:
+        self._lot = lot
+        self._running = running
+        self._holds: dict[str, Hold] = {}
+
+    def __repr__(self) -> str:
+        return f"<Admitted {self._running.attempt.label} {', '.join(gate.shown for gate in self._running.gates)}>"
+
+    @property
+    def hold(self) -> Hold:
+        """The first lock, or else the first permit, that the task holds: ``fence``, ``lost``, ``guard``.
+
+        Raises ``LookupError`` when it holds none.
+        """
+        permits = [gate for gate in self._running.gates if gate.lock is not None]
+        if not permits:
+            raise LookupError(f"{self._running.attempt.label} holds nothing: it has no lock= and no concurrency=")
+        locks = [gate for gate in permits if gate.lock is not None and gate.lock[0] == "lock"]
+        return self._hold_of((locks or permits)[0])
+
+    @property
+    def holds(self) -> Mapping[str, Hold]:
+        """All that it holds, by what the task declares, such as ``"account:{account_id}"``."""
+        return {gate.template: self._hold_of(gate) for gate in self._running.gates if gate.lock is not None}
+
+    @property
+    def lost(self) -> bool:
+        """Whether somebody else may hold by now what it held when it began."""
+        return any(hold.lost for hold in self.holds.values())
+
+    def raise_if_lost(self) -> None:
+        """Raise ``LockLost`` when somebody else may hold what it held when it began."""
+        for hold in self.holds.values():
+            hold.raise_if_lost()
+
+    def settle(self, actual_cost: int, key: str | None = None) -> None:
+        """Replace the estimate that was charged by what the task has cost: less is given back, more is owed.
+
+        Arguments:
+            actual_cost: 0 or more.
+            key: the key of the rate that is meant, as the task declares it. Default: all rates that have a cost.
+
+        Raises ``LookupError`` when there is no such rate, and as ``RateLimiter.settle``.
+        """
+        rates = [
+            (gate, given)
+            for gate, given in zip(self._running.gates, self._running.given, strict=True)
+            if gate.limit is not None and not gate.limit.by_call and key in (None, gate.template)
+        ]
+        if not rates:
+            raise LookupError(f"{self._running.attempt.label} has no rate{'' if key is None else f' for {key!r}'}")
+        for gate, given in rates:
+            if gate.limit is not None:
+                receipt = Receipt(gate.limiter, gate.caller, gate.amount, (gate.limit,), list(given), "", None)
+                limiter = RateLimiter(self._lot.redis, gate.limiter, [gate.limit])
+                limiter.settle(Allowed(0, 0.0, gate.limit, (gate.limit,), receipt), actual_cost)
+
+    def block(self, after: Duration, key: str | None) -> bool:
+        """Pause rates of the task for all; see ``RateLimited``. Whether there was one to pause."""
+        rates = [gate for gate in self._running.gates if gate.limit is not None]
+        if key is not None:
+            rates = [gate for gate in rates if gate.template == key]
+        elif any(gate.template for gate in rates):
+            rates = [gate for gate in rates if gate.template]
+        for gate in rates:
+            if gate.limit is not None:
+                RateLimiter(self._lot.redis, gate.limiter, [gate.limit]).block(gate.caller, after)
+        return bool(rates)
+
+    # For the task's base class
+
+    def keep(self) -> None:
+        """Make the holds, and have them renewed by this process."""
+        for gate in self._running.gates:
+            if gate.lock is not None:
+                self._hold_of(gate)
+
+    def end(self, verdict: str = "-") -> bool:
+        """Give all back. Whether it was held until now. When Redis does not answer, it is given back when it does."""
+        try:
+            known = self._lot.end(self._running, verdict=verdict)
+        except (*UNAVAILABLE, RuntimeError):
+            self.keep()
+            for hold in self._holds.values():
+                hold.abandon()
+            return False
+        for hold in self._holds.values():
+            hold.given_back()
+        return known
+
+    def _hold_of(self, gate: GateCall) -> Hold:
+        hold = self._holds.get(gate.state)
+        if hold is None and gate.lock is not None:
+            place = self._running.gates.index(gate)
+            fence, ends_us = self._running.given[place]
+            store = TurnStore(self._lot.redis, *gate.lock, capacity=gate.count)
+            left_ms = (ends_us - self._running.now_us) / 1_000
+            hold = TaskHold(
+                store, keeper_of(self._lot.redis), gate.shown, self._running.attempt.token, fence,
+                self._running.sent + valid_for_s(left_ms), Terms(self._running.lease_ms), Counters(),
+            )  # fmt: skip
+            self._holds[gate.state] = hold
+        if hold is None:
+            raise LockLost(gate.shown, 0, "it is no permit")
+        return hold

@@ -1,0 +1,412 @@
+"""``@coordinated_task`` and its base class: a Celery task that runs when its gates let it.
+
+The gates are asked in the worker, where the body would run, by one script; see ``passing.py`` for what becomes of a task
+that they refuse, ``gates.py`` for what can be declared, ``parking.py`` for where it waits.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, cast
+from uuid import uuid4
+from weakref import WeakKeyDictionary
+
+from celery import Celery, Task, shared_task
+from celery.result import AsyncResult
+
+from ..cachelib import MISS, Cache, Connections, connect
+from ..cachelib.circuit import UNAVAILABLE
+from ..cachelib.counters import Counters
+from ..cachelib.durations import Duration, milliseconds
+from ..cachelib.errors import CachelibError
+from ..cachelib.templates import signature_of
+from . import keys, parked_messages
+from .admitted import Admitted
+from .errors import DuplicateTask
+from .gates import Concurrency, Gates, OnConflict, Pause, Rate, Unique, Until, WhenFull, check_unique
+from .hold import lease_of
+from .memo_keys import MemoKeys
+from .parking import ParkingLot
+from .passing import Passage
+from .rate_limit import RateLimit
+
+logger = logging.getLogger(__name__)
+
+OnLost = Literal["mark", "terminate"]
+
+WORKER_STEP = "petiole.tasks.coordination_step:CoordinationStep"
+"""What the workers of an app with coordinated tasks load: it wakes what is parked, and renews leases."""
+
+PREFIX = "gate_"
+_DECLARED = ("lock", "concurrency", "rate", "unique", "debounce")
+_CLAIM_MS = 3_600_000
+"""So long a call that is unique may take from when it is due until it starts; then another one may be sent."""
+_JOINED_TTL = "1h"
+
+_lots: "WeakKeyDictionary[Connections, dict[str, ParkingLot]]" = WeakKeyDictionary()
+_connections: "WeakKeyDictionary[Celery, Connections]" = WeakKeyDictionary()
+
+
+class CoordinatedTask(Task):
+    """The base of coordinated tasks: what ``@coordinated_task`` makes, and what an application's own base may build on.
+
+    >>> @app.task(base=CoordinatedTask, gate_lock="account:{account_id}")
+    ... def charge(account_id: int) -> None: ...
+
+    The options are class attributes, so ``task_annotations`` can set them too; a task without any runs as ever.
+
+    Attributes:
+        gate_redis: where it is coordinated. Default: of the app, ``connect()`` at first use.
+        gate_lock, gate_concurrency, gate_rate, gate_unique, gate_debounce, gate_fair, gate_max_parked, gate_when_full,
+            gate_lease, gate_on_lost: as for ``coordinated_task``.
+    """
+
+    abstract = True
+
+    gate_redis: ClassVar[Connections | None] = None
+    gate_lock: ClassVar[str | Sequence[str] | None] = None
+    gate_concurrency: ClassVar[Any] = None
+    gate_rate: ClassVar[Any] = None
+    gate_unique: ClassVar[Unique | OnConflict | bool | None] = None
+    gate_debounce: ClassVar[Duration | Pause | None] = None
+    gate_fair: ClassVar[str | None] = None
+    gate_max_parked: ClassVar[int | None] = None
+    gate_when_full: ClassVar[WhenFull] = "reject"
+    gate_lease: ClassVar[Duration] = 30
+    gate_on_lost: ClassVar[OnLost] = "mark"
+
+    @classmethod
+    def on_bound(cls, app: Celery) -> None:
+        """Check the options when the task is declared, not when it runs."""
+        super().on_bound(app)
+        if cls.run is not Task.run and _gates_of(cls, app):
+            app.steps["worker"].add(WORKER_STEP)
+
+    @property
+    def gates(self) -> Gates:
+        """What must be free before it runs."""
+        found = self.__dict__.get("_gates")
+        if found is None:
+            found = self.__dict__.setdefault("_gates", _gates_of(type(self), self.app))
+        return cast("Gates", found)
+
+    @property
+    def is_coordinated(self) -> bool:
+        """Whether there is a gate at all."""
+        return bool(self.gates)
+
+    @property
+    def lot(self) -> ParkingLot:
+        """Where its calls wait."""
+        return lot_of(self.app, self.gate_redis)
+
+    @property
+    def admission(self) -> Admitted:
+        """What the running call holds. Raises ``LookupError`` where none runs."""
+        found = getattr(self.request, "admission", None)
+        if not isinstance(found, Admitted):
+            raise LookupError(f"{self.name} is not running here, or has no gates")
+        return found
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        if not self.gates:
+            return super().__call__(*arguments, **keywords)
+        return self._pass_gates(arguments, keywords, self._body_of(arguments, keywords))
+
+    def apply_async(
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        task_id: str | None = None,
+        producer: Any = None,
+        link: Any = None,
+        link_error: Any = None,
+        shadow: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """As ever; but a call that is not unique may be told so here.
+
+        With ``unique=Unique(until=..., on_conflict="drop")`` a second call that nobody else waits for is not sent: the
+        result returned is that of the first one. With ``"raise"`` it raises ``DuplicateTask``. A call in a chain, group
+        or chord, or with an id, a link or a parent that waits, is always sent, and is decided in the worker.
+        """
+        unique = _unique_of(type(self))
+        if unique is None or unique.until is None or self.app.conf.task_always_eager:
+            return super().apply_async(args, kwargs, task_id, producer, link, link_error, shadow, **options)
+        bare = task_id is None and not link and not link_error and not _IN_CANVAS & options.keys()
+        chosen = task_id or uuid4().hex
+        other = self._claim(unique, args or (), kwargs or {}, chosen, options, bare=bare)
+        if other and bare and unique.on_conflict == "drop":
+            return AsyncResult(other, backend=self.backend, app=self.app)
+        if other and bare and unique.on_conflict == "raise":
+            raise DuplicateTask(self.name, "the call", other)
+        if other and unique.on_conflict == "join":
+            headers = dict(options.pop("headers", None) or {})
+            ours = headers.get(parked_messages.HEADER)
+            headers[parked_messages.HEADER] = {**(ours if isinstance(ours, dict) else {}), "follows": other}
+            options["headers"] = headers
+        try:
+            return super().apply_async(args, kwargs, chosen, producer, link, link_error, shadow, **options)
+        except BaseException:
+            if not other:
+                self.unclaim(chosen, args or (), kwargs or {})
+            raise
+
+    def unclaim(self, id: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None:
+        """Nobody need wait any more for a call that was to be the only one: it was revoked, or could not be sent."""
+        try:
+            for gate in self.gates.of(arguments, keywords):
+                if gate.kind == "c":
+                    self.lot.unclaim(gate.state, id)
+        except UNAVAILABLE as error:
+            logger.warning("%s: the claim of %s ends by itself: %s", self.name, id, error)
+
+    def coordination_stats(self) -> dict[str, int]:
+        """Counts of this process.
+
+        ``runs``; ``parked``; ``joined``: ended with the result of another call; ``dropped``; ``rejected``;
+        ``rate_limited``: the task said so; ``stale``: deliveries for which another one stood; ``postponed``: sent again
+        because Redis was away.
+        """
+        names = ("runs", "parked", "joined", "dropped", "rejected", "rate_limited", "stale", "postponed")
+        return dict.fromkeys(names, 0) | self._counters.read()
+
+    @property
+    def _counters(self) -> Counters:
+        return cast("Counters", self.__dict__.setdefault("_coordination_counters", Counters()))
+
+    def _body_of(self, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Callable[[], Any]:
+        return lambda: self.run(*arguments, **keywords)
+
+    def _pass_gates(
+        self, arguments: Sequence[Any], keywords: Mapping[str, Any], body: Callable[[], Any]
+    ) -> Any:
+        followed = parked_messages.header_of(self.request).get("follows")
+        if isinstance(followed, str):
+            value = self._joined(f"j{followed}")
+            if value is not MISS:
+                self._counters.add("joined")
+                return value
+        return Passage(
+            self,
+            self.lot,
+            self.gates.of(arguments, keywords),
+            arguments,
+            keywords,
+            lease_of(self.gate_lease),
+            self._counters,
+            body,
+            self._joined,
+            self._verdict_of,
+            self._on_admitted,
+        ).go()
+
+    def _on_admitted(self, admitted: Admitted) -> None:
+        if self.gate_on_lost == "terminate":
+            from .losing import terminate_when_lost
+
+            terminate_when_lost(self, admitted)
+
+    def _joined(self, verdict: str) -> Any:
+        """The result of the call that a verdict names; ``MISS`` when it is not known any more."""
+        if not verdict.startswith("j"):
+            return MISS
+        try:
+            return _joined_cache(self.lot).get(verdict[1:], MISS)
+        except (CachelibError, *UNAVAILABLE):
+            return MISS
+
+    def _verdict_of(self, value: Any) -> str:
+        """Keep the result for those that wait to end with it."""
+        unique = _unique_of(type(self))
+        if unique is None or unique.on_conflict != "join" or self.request.called_directly:
+            return "-"
+        try:
+            kept = _joined_cache(self.lot).set(self.request.id, value, ttl=_JOINED_TTL)
+        except (CachelibError, TypeError, ValueError, *UNAVAILABLE) as error:
+            logger.warning("%s: others cannot end with its result, and will run: %s", self.name, error)
+            return "-"
+        return f"j{self.request.id}" if kept is not False else "-"
+
+    def _claim(
+        self,
+        unique: Unique,
+        arguments: Sequence[Any],
+        keywords: Mapping[str, Any],
+        id: str,
+        options: Mapping[str, Any],
+        *,
+        bare: bool,
+    ) -> str:
+        """Claim to be the only call. The id of another one that is, or the empty text."""
+        claims = [gate for gate in self.gates.of(arguments, keywords) if gate.kind == "c"]
+        permit = keys.turn("unique", f"{self.name}:{_unique_key(type(self), self.name)(arguments, keywords)}")
+        countdown = options.get("countdown") or 0
+        ttl_ms = _CLAIM_MS + int(float(countdown) * 1_000)
+        if unique.until not in ("start", "end") and unique.until is not None:
+            ttl_ms = milliseconds(unique.until, "until")
+        try:
+            for gate in claims:
+                replaces = unique.on_conflict == "replace"
+                state = permit if unique.until == "end" else gate.state
+                other = self.lot.claim(gate.state, state, id, ttl_ms=ttl_ms, replace=replaces)
+                if other:
+                    return other
+        except UNAVAILABLE as error:
+            logger.warning("%s: whether it is the only call is decided in the worker: %s", self.name, error)
+        return ""
+
+
+_IN_CANVAS = {"chain", "chord", "group_id", "reply_to", "replaced_task_nesting"}
+
+
+def coordinated_task(
+    *,
+    app: Celery | None = None,
+    redis: Connections | None = None,
+    lock: str | Sequence[str] | None = None,
+    concurrency: "int | Concurrency | Mapping[str, int] | Sequence[int | Concurrency] | None" = None,
+    rate: "str | RateLimit | Rate | Mapping[str, str | RateLimit] | Sequence[str | RateLimit | Rate] | None" = None,
+    unique: "Unique | OnConflict | bool | None" = None,
+    debounce: "Duration | Pause | None" = None,
+    fair: str | None = None,
+    max_parked: int | None = None,
+    when_full: WhenFull = "reject",
+    lease: Duration = 30,
+    on_lost: OnLost = "mark",
+    base: type[Task] | None = None,
+    **options: Any,
+) -> Callable[[Callable[..., Any]], CoordinatedTask]:
+    """Make a task that runs when its gates let it, in all workers together.
+
+    >>> @coordinated_task(app=app, lock="account:{account_id}", rate=["100/m", "{tenant}: 10/s"], concurrency={"{tenant}": 5})
+    ... def charge(account_id: int, tenant: str) -> None: ...
+
+    Promises:
+
+    - One script asks all gates, permits before tokens: it takes all or nothing, and names the one that refused.
+    - A task that is refused is parked in Redis by the same script, and its delivery is acknowledged. It uses up no
+      retry, no slot, no prefetch and no memory of a worker; the visibility timeout does not double it; it is revocable
+      and visible (``petiole parked``), survives restarts, and is sent again when it may run: first come, first served
+      within a key, and by turns between keys.
+    - While its lease is valid nobody else holds what it holds. A pool process that dies, or is terminated, gives back what
+      its task held within a second; a whole worker that dies, within one ``lease``. Locks are those of ``Lock``, of
+      the same name.
+    - A second delivery of a call that runs does not run beside it: it runs if the first one's process dies.
+    - Rates hold for when tasks start: no window of time sees more than ``RateLimit.bound``.
+
+    Non-promises: what Redis forgets is forgotten; the order holds between tasks that wait, not between one that waits
+    and one that was woken and sits in a queue of the broker. No lease can stop a process that was stopped for longer than
+    it and goes on: what must not be done twice is checked by the fence (``task.admission.hold.guard``). Without Redis
+    nothing runs: the broker delivers the task again, five to ten seconds later. ``task.run(...)`` asks no gate.
+
+    Run where it is called (eager mode, a direct call), a task waits for its gates in place, for a minute at most.
+
+    Arguments:
+        app: the Celery app; without one, as ``shared_task``.
+        redis: a single server, or one with Sentinels. Default: ``connect()`` at first use, one per app.
+        lock: names of locks, templates of the arguments: one at a time.
+        concurrency: how many at once: a number, ``{"{tenant}": 5}``, or ``Concurrency``, or several of them.
+        rate: how often: ``"100/m"``, ``"{tenant}: 10/s"``, a ``RateLimit``, or ``Rate``, or several of them.
+        unique: of calls that are the same, one: ``Unique(...)``; a name of ``on_conflict``; or True, to join.
+        debounce: run when calls have paused for so long, with the newest arguments; or a ``Pause``.
+        fair: what goes by turns in lines that several keys share: a template. Default: the first key of a rate or of
+            permits.
+        max_parked: how many calls may wait at one gate. Default: any number.
+        when_full: what becomes of one more: ``reject`` (it fails with ``TooManyParked``), ``drop_oldest`` (the first of
+            the line ends with None), ``drop_newest`` (it ends with None).
+        lease: how long others wait when a whole worker has died.
+        on_lost: when what it holds was lost: ``mark`` (``task.admission.lost`` says so), or ``terminate`` (as by a soft
+            time limit, with ``LockLost``; in pools of processes).
+        base: a task class to build on. Default: the app's.
+        options: for ``app.task``.
+    """
+    declared = {
+        "redis": redis, "lock": lock, "concurrency": concurrency, "rate": rate, "unique": unique, "debounce": debounce,
+        "fair": fair, "max_parked": max_parked, "when_full": when_full, "lease": lease, "on_lost": on_lost,
+    }  # fmt: skip
+    if on_lost not in ("mark", "terminate"):
+        raise ValueError(f"on_lost={on_lost!r} is unknown; there are mark, terminate")
+    lease_of(lease)
+
+    def decorate(function: Callable[..., Any]) -> CoordinatedTask:
+        parent = base or (app.Task if app is not None else Task)
+        bases = (parent,) if issubclass(parent, CoordinatedTask) else (CoordinatedTask, parent)
+        given = {PREFIX + name: value for name, value in declared.items()}
+        kind = type("CoordinatedTask", bases, {"abstract": True, **given})
+        if app is None:
+            return cast("CoordinatedTask", shared_task(base=kind, **options)(function))
+        return cast("CoordinatedTask", app.task(base=kind, **{"shared": False, **options})(function))
+
+    return decorate
+
+
+def lot_of(app: Celery, redis: Connections | None) -> ParkingLot:
+    """Where the calls of an app's tasks wait. Asks nobody."""
+    if redis is None:
+        redis = _connections.get(app) or _connections.setdefault(app, connect())
+    namespace = app.main or "tasks"
+    lots = _lots.setdefault(redis, {})
+    return lots.get(namespace) or lots.setdefault(namespace, ParkingLot(redis, namespace))
+
+
+def _joined_cache(lot: ParkingLot) -> Cache:
+    cache = lot.__dict__.get("_joined")
+    if cache is None:
+        cache = lot.__dict__.setdefault("_joined", Cache(lot.redis, namespace=f"joined:{lot.keys.namespace}"))
+    return cast("Cache", cache)
+
+
+def _unique_of(task: type[CoordinatedTask]) -> Unique | None:
+    unique = task.gate_unique
+    if unique is None or unique is False:
+        return None
+    if unique is True:
+        return Unique()
+    return unique if isinstance(unique, Unique) else Unique(on_conflict=unique)
+
+
+def _unique_key(task: type[CoordinatedTask], name: str) -> Callable[[Sequence[Any], Mapping[str, Any]], str]:
+    unique = _unique_of(task)
+    found = MemoKeys(
+        task.run,
+        bound=_is_bound(task),
+        key=None if unique is None else unique.key,
+        tags=(),
+        version="",
+        restores_models=task._dump_pydantic_arguments is not None,
+    )
+    return lambda arguments, keywords: found.call(name, arguments, keywords).key
+
+
+def _is_bound(task: type[CoordinatedTask]) -> bool:
+    """Whether the function is given the task itself first."""
+    return not isinstance(inspect.getattr_static(task, "run"), staticmethod)
+
+
+def _gates_of(task: type[CoordinatedTask], app: Celery) -> Gates:
+    """Reads what a task declares. Raises ``ValueError`` and ``TypeError`` for what makes no sense."""
+    if (task.name or "").startswith("celery."):
+        return Gates(task.name, signature_of(task.run))
+    unknown = [name for name in vars(task) if name.startswith(PREFIX) and not hasattr(CoordinatedTask, name)]
+    if unknown:
+        known = ", ".join(sorted(name for name in vars(CoordinatedTask) if name.startswith(PREFIX)))
+        raise TypeError(f"{unknown[0]} is no option of a coordinated task; there are {known}")
+    unique = _unique_of(task)
+    if unique is not None:
+        check_unique(unique)
+    name = str(task.name)
+    return Gates(
+        name,
+        signature_of(task.run, without_first=_is_bound(task)),
+        lock=task.gate_lock,
+        concurrency=task.gate_concurrency,
+        rate=task.gate_rate,
+        unique=unique,
+        unique_key=None if unique is None else _unique_key(task, name),
+        namespace=app.main or "tasks",
+        debounce=task.gate_debounce,
+        fair=task.gate_fair,
+        max_parked=task.gate_max_parked,
+        when_full=task.gate_when_full,
+    )

@@ -1,0 +1,74 @@
+-- USES: _turns
+-- USES: _parking
+-- A task has ended, or its process has: give back what it holds, and wake those that wait for its result.
+--
+-- KEYS: run, parked, waits, due, woken, gates, states..., queues..., lines..., orders...
+-- ARGV: id, token, nonce, crashed, channel, capacities..., verdicts...
+-- RETURNS: 1 if it was known to run, else 0
+-- crashed: 1 when its process died: then another delivery of it that waits for its end may run; else that one is of no
+-- more use. verdicts: what all that wait for a permit are told, or "-": then the permit is handed on to the next one.
+--
+-- One script, because what is given back is handed on in the same moment, and because a delivery that finds the run gone
+-- would run a task that has ended. Repeated, it does nothing.
+
+local run, parked, waits, due, woken, gates = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local id, token, nonce, crashed, channel = ARGV[1], ARGV[2], ARGV[3], ARGV[4] == "1", ARGV[5]
+local count = (#KEYS - 6) / 4
+local now = turn_now()
+local running = redis.call("GET", run)
+local mine = running and string.sub(running, 1, #nonce + 1) == nonce .. " "
+if not mine and (running or crashed) then
+    return 0 -- another delivery runs: what the token holds is its own
+end
+redis.call("DEL", run)
+
+local told = false
+for i = 1, count do
+    local state = KEYS[6 + i]
+    local queue = KEYS[6 + count + i]
+    local line = KEYS[6 + 2 * count + i]
+    local order = KEYS[6 + 3 * count + i]
+    local turn = turn_open(state, queue, now, ARGV[5 + i], token)
+    if turn.held then
+        turn_end(state, turn)
+    end
+    local verdict = ARGV[5 + count + i]
+    if verdict ~= "-" and not crashed then
+        for _, follower in ipairs(redis.call("ZRANGE", line, 0, -1)) do
+            local entry = park_look(waits, follower)
+            if entry and entry.mode == "q" and entry.line == line then
+                park_wake(waits, woken, follower, entry, verdict, now)
+                told = true
+            end
+        end
+        redis.call("DEL", line)
+        redis.call("DEL", order)
+        redis.call("HDEL", gates, line)
+        redis.call("ZREM", due, line)
+        if redis.call("ZREM", queue, line) == 1 then
+            turn.waiting = turn.waiting - 1
+            redis.call("HDEL", state, "w" .. line)
+        end
+    end
+    turn_settle(state, queue, turn)
+    turn_close(state, queue, turn)
+    if redis.call("ZCARD", line) > 0 then
+        redis.call("ZADD", due, turn_text(now), line)
+        told = true
+    end
+end
+
+local twin = park_look(waits, id)
+if twin and twin.token == token and twin.line == "-" and twin.mode == "q" then
+    redis.call("ZREM", due, "=" .. id)
+    if crashed then
+        park_wake(waits, woken, id, twin, "-", now)
+        told = true
+    else
+        park_forget(waits, parked, woken, due, id)
+    end
+end
+if told then
+    redis.call("PUBLISH", channel, "woken")
+end
+return mine and 1 or 0

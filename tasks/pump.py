@@ -1,0 +1,193 @@
+"""Sends parked tasks again when they may run. Of all workers that serve one namespace one does it, the others stand by.
+
+It sleeps until the next task is due, or until Redis says that something was given back. All that it knows stands in
+Redis, so when its process dies another one goes on within three seconds; what was sent twice then is found out when it
+comes. It asks nothing while nothing happens, but for its lease.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from threading import Event, Thread
+from typing import Any
+
+from celery import Celery
+from celery.worker import state as worker_state
+
+from ..cachelib.circuit import UNAVAILABLE
+from ..cachelib.client import ThreadClient
+from ..cachelib.pushes import is_pong, listening_connection
+from ..coordination import parked_messages
+from ..coordination.acquiring import Acquirable
+from ..coordination.errors import LockError, LockTimeout
+from ..coordination.gates import Served
+from ..coordination.hold import Hold, Terms
+from ..coordination.parking import ParkingLot, Woken
+from ..coordination.turn_store import TurnStore
+
+logger = logging.getLogger(__name__)
+
+_LEASE_MS = 3_000
+_STAND_BY_S = 1.0
+_LONGEST_SLEEP_S = 0.5
+"""After so long it looks whether it is to stop, and which tasks were revoked."""
+_PAUSE_S = 0.5
+_ANSWER_S = 2.0
+_HEARTBEAT_S = 10.0
+
+
+class Pump:
+    """A thread of a worker's main process."""
+
+    def __init__(self, app: Celery, lot: ParkingLot) -> None:
+        self._app = app
+        self._lot = lot
+        self._stopping = Event()
+        self._thread: Thread | None = None
+        self._revoked: set[str] = set()
+        self._revoked_seen = 0
+        self.leads = False
+        """Whether it is the one that sends."""
+        self.sent = 0
+        """How many tasks it has sent."""
+
+    def __repr__(self) -> str:
+        return f"<Pump of {self._lot.keys.namespace!r} [{'leads' if self.leads else 'stands by'}, {self.sent} sent]>"
+
+    def start(self) -> None:
+        """Begin to stand by."""
+        self._thread = Thread(target=self._run, name="petiole-pump", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, and let another one lead at once."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(_ANSWER_S + _STAND_BY_S)
+
+    def _run(self) -> None:
+        store = TurnStore(self._lot.redis, "parking", self._lot.keys.namespace, capacity=1)
+        candidate = Acquirable(store, f"parking of {self._lot.keys.namespace!r}", 1, Terms(_LEASE_MS))
+        while not self._stopping.is_set():
+            try:
+                hold = candidate.acquire(timeout=_STAND_BY_S)
+            except LockTimeout:
+                continue
+            except (LockError, RuntimeError, *UNAVAILABLE) as error:
+                logger.warning("parked tasks are not sent: %s", error)
+                self._stopping.wait(_PAUSE_S)
+                continue
+            try:
+                self.leads = True
+                self._lead(hold)
+            except (RuntimeError, *UNAVAILABLE) as error:
+                logger.warning("parked tasks are not sent for a moment: %s", error)
+                self._stopping.wait(_PAUSE_S)
+            except Exception:
+                logger.exception("parked tasks are not sent for a moment")
+                self._stopping.wait(_PAUSE_S)
+            finally:
+                self.leads = False
+                hold.release()
+
+    def _lead(self, hold: Hold) -> None:
+        listener = _Listener(self._lot)
+        try:
+            for line, definition in self._lot.lines():
+                self._serve(line, definition)  # whoever led before may have missed what was given back
+            while not self._stopping.is_set() and hold.held:
+                due = self._lot.next()
+                for line, definition in due.lines:
+                    self._serve(line, definition)
+                for id in due.tasks:
+                    self._lot.wake(id, "=")
+                self._send(due.woken)
+                self._look_for_revoked()
+                if due.lines or due.tasks or due.woken:
+                    continue
+                sleep_s = _LONGEST_SLEEP_S if due.next_in_s is None else min(due.next_in_s, _LONGEST_SLEEP_S)
+                granted = listener.wait(sleep_s)
+                if granted:
+                    self._serve_granted(granted)
+        finally:
+            listener.close()
+
+    def _serve_granted(self, line: str) -> None:
+        """Something that the first of a line waits for was handed to it."""
+        definition = self._lot.definition(line)
+        if definition is not None:
+            self._serve(line, definition)
+
+    def _serve(self, line: str, definition: bytes) -> None:
+        try:
+            gate = Served.read(definition)
+        except ValueError as error:
+            logger.error("those in %s wait for ever: %s", line, error)
+            self._lot.forget_line(line)
+            return
+        self._lot.serve(line, gate)
+
+    def _send(self, woken: Sequence[Woken]) -> None:
+        if not woken:
+            return
+        noted: list[Woken] = []
+        try:
+            with self._app.producer_or_acquire() as producer:
+                for one in woken:
+                    try:
+                        parked_messages.send(self._app, producer, one, revoked=one.verdict == "x")
+                    except (KeyError, TypeError, ValueError) as error:
+                        logger.error("task %s cannot be sent, and stays parked: %s", one.id, error)
+                    noted.append(one)
+        except Exception as error:
+            logger.warning("the broker did not take %d parked tasks: %s", len(woken) - len(noted), error)
+            self._stopping.wait(_PAUSE_S)
+        finally:
+            if noted:
+                self._lot.sent(noted, forget=[one.verdict == "x" for one in noted])
+                self.sent += len(noted)
+
+    def _look_for_revoked(self) -> None:
+        """Wake those that were revoked: the worker that gets one marks it so."""
+        revoked: Any = worker_state.revoked
+        if len(revoked) == self._revoked_seen and len(revoked) < worker_state.REVOKES_MAX:
+            return
+        known = set(revoked)
+        for id in self._lot.among(known - self._revoked):
+            self._lot.wake(id, "x")
+        self._revoked, self._revoked_seen = known, len(revoked)
+
+
+class _Listener:
+    """The connection on which Redis says that something is to be done."""
+
+    def __init__(self, lot: ParkingLot) -> None:
+        client = lot.redis.coordination
+        if not isinstance(client, ThreadClient):
+            raise TypeError(f"{client!r} is no client of a single server")
+        self._connection = listening_connection(client, "petiole-parking", _ANSWER_S)
+        self._connection.connect()
+        self._connection.send_command("SUBSCRIBE", lot.keys.channel, check_health=False)
+        self._connection.read_response(disable_decoding=True, push_request=True)
+        self._heard = time.monotonic()
+        self._pinged = False
+
+    def close(self) -> None:
+        self._connection.disconnect()
+
+    def wait(self, longest_s: float) -> str:
+        """Wait until something is said. The line to which a permit was handed, or the empty text."""
+        if not self._connection.can_read(timeout=longest_s):
+            silent_s = time.monotonic() - self._heard
+            if silent_s > _HEARTBEAT_S + _ANSWER_S:
+                raise ConnectionError("the connection on which grants are heard is silent")
+            if silent_s > _HEARTBEAT_S and not self._pinged:
+                self._connection.send_command("PING", check_health=False)
+                self._pinged = True
+            return ""
+        message = self._connection.read_response(disable_decoding=True, push_request=True)
+        self._heard, self._pinged = time.monotonic(), False
+        if is_pong(message) or not isinstance(message, list) or len(message) != 3 or message[0] != b"message":
+            return ""
+        line: str = message[2].decode("utf-8", "replace")
+        return line.rpartition(" ")[0].rpartition(" ")[0]
