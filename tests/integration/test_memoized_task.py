@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from queue import Queue
-from threading import Event, Lock, Semaphore
+from threading import Event, Lock, Semaphore, current_thread
 from typing import Any, Protocol
 
 import pytest
 from celery import Celery, Task, chain, chord, group, signals
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.worker import WorkController
 
 from petiole import MISS, Cache, connect, memoized_task
 from petiole.cachelib import Connections, EmbeddedServer
 from petiole.coordination import MemoizedTask
+from petiole.coordination.prometheus import CoordinationCollector
 
 PATIENCE_S = 20.0
 
@@ -267,70 +269,22 @@ def states(name: str) -> Iterator["Queue[str]"]:
     signals.task_postrun.disconnect(note)
 
 
-def stored_and_stale(cache: Cache, key: str, value: object, until: Callable[[Callable[[], object]], None]) -> None:
-    """Keep a value that is past its fresh time, and may still be served."""
-    assert cache.set(key, value, ttl="1ms", stale=600)
-    loads: list[int] = []
-
-    def probe() -> bool:  # a refresh that spares what is fresh would load now
-        cache.refresh(key, lambda: loads.append(1) or value, ttl="1ms", stale=600, unless_fresh_for="1ms")
-        return bool(loads)
-
-    until(probe)
-
-
-def test_a_retry_is_a_retry_although_there_is_a_stale_value(
-    declare: Declare,
-    body: Body,
-    cache: Cache,
-    until: Callable[[Callable[[], object]], None],
-    states: "Queue[str]",
+def test_a_failed_refresh_leaves_the_stale_result(
+    declare: Declare, body: Body, cache: Cache, states: "Queue[str]"
 ) -> None:
-    """A retry is on its way when it is raised: serving the stale value as well would complete the task twice."""
-
-    def report(self: Task, region: str) -> str:
-        if body(region) == 1:
-            raise self.retry(countdown=0)
-        return "new"
-
-    task = declare(report, bind=True, key="{region}", ttl="1ms", stale=600)
-    stored_and_stale(cache, f"{task.name}:north", "old", until)
-    task.delay("north")
-
-    assert sorted([states.get(timeout=PATIENCE_S), states.get(timeout=PATIENCE_S)]) == ["RETRY", "SUCCESS"]
-
-
-def test_a_replaced_task_is_replaced_although_there_is_a_stale_value(
-    declare: Declare,
-    plain: Callable[..., Task],
-    cache: Cache,
-    until: Callable[[Callable[[], object]], None],
-    states: "Queue[str]",
-) -> None:
-    """A task that hands over to another completes once, as that one."""
-    other = plain(lambda: "of the replacement")
-
-    def replaced(self: Task, region: str) -> None:
-        raise self.replace(other.si())
-
-    task = declare(replaced, bind=True, key="{region}", ttl="1ms", stale=600)
-    stored_and_stale(cache, f"{task.name}:north", "old", until)
-    task.delay("north")
-
-    assert sorted([states.get(timeout=PATIENCE_S), states.get(timeout=PATIENCE_S)]) == ["IGNORED", "SUCCESS"]
-
-
-def test_a_stale_value_is_served_when_the_body_fails(
-    declare: Declare, cache: Cache, until: Callable[[Callable[[], object]], None]
-) -> None:
-    """Within the stale window a failure of the body is covered by the old value."""
+    """The refresh fails as a task of its own; the calls that noticed complete with what there is."""
 
     def report(region: str) -> str:
-        raise ValueError("the report is broken")
+        if body(region) > 1:
+            raise ValueError("the report is broken")
+        return "old"
 
-    task = declare(report, key="{region}", ttl="1ms", stale=600)
-    stored_and_stale(cache, f"{task.name}:north", "old", until)
+    task = declare(report, key="{region}", stale=600)
+    task("north")
+    assert cache.expire(task.key("north"))
 
+    assert task.delay("north").get(timeout=PATIENCE_S) == "old"
+    assert sorted([states.get(timeout=PATIENCE_S), states.get(timeout=PATIENCE_S)]) == ["FAILURE", "SUCCESS"]
     assert task.delay("north").get(timeout=PATIENCE_S) == "old"
 
 
@@ -565,25 +519,167 @@ def test_a_cache_is_made_on_first_use_where_none_is_given(
 
     assert [task("north"), task("north")] == [1, 1]
     task.invalidate("north")
-    task.memo.cache(app).redis.close()
+    assert memoized_task(app=app)(body.report).memo.cache is task.memo.cache, "one for all tasks of an app"
+    task.memo.cache.redis.close()
 
 
-def test_the_end_of_its_time_is_not_covered_by_a_stale_value(
-    celery_session_app: Celery, cache: Cache, name: str
+@pytest.mark.parametrize("said", [SoftTimeLimitExceeded(), Ignore(), Reject("no", requeue=False), Retry("later")])
+def test_what_is_no_failure_is_never_remembered(app: Celery, cache: Cache, body: Body, name: str, said: Any) -> None:
+    """Also where every exception is: a task that is told to end has to hear it, and so has the next one."""
+
+    @memoized_task(app=app, cache=cache, failures={Exception: 60}, name=f"{name}.report")
+    def report() -> None:
+        body(None)
+        raise said
+
+    for _ in range(2):
+        with pytest.raises(type(said)) as caught:
+            report()
+        assert caught.value is said
+    assert len(body.calls) == 2
+
+
+def test_a_failure_that_is_named_is_remembered(declare: Declare, body: Body) -> None:
+    """The next task fails with one of the same class and arguments, and does not run; others are forgotten."""
+
+    def report(region: str) -> None:
+        body(region)
+        raise (LookupError if region == "north" else OSError)("nothing there", 404)
+
+    task = declare(report, failures={LookupError: "1m"})
+    for region, kind in [("north", LookupError), ("south", OSError)]:
+        for _ in range(2):
+            with pytest.raises(kind) as caught:
+                task(region)
+            assert caught.value.args == ("nothing there", 404)
+        with pytest.raises(kind):
+            task.delay(region).get(timeout=PATIENCE_S)
+
+    assert body.calls == ["north", "south", "south", "south"]
+    assert task.memo_stats()["failures"] == 2
+    task.invalidate("north")
+    with pytest.raises(LookupError):
+        task("north")
+    assert len(body.calls) == 5
+
+
+def test_a_remembered_failure_is_not_retried(declare: Declare, body: Body) -> None:
+    """Autoretry tries what ran; its last failure is remembered, and raised at once."""
+
+    def flaky(region: str) -> None:
+        body(region)
+        raise ConnectionResetError("never")
+
+    retries = {"countdown": 0, "max_retries": 2}
+    task = declare(flaky, autoretry_for=(ConnectionError,), retry_kwargs=retries, failures={ConnectionError: 60})
+    for _ in range(2):
+        with pytest.raises(ConnectionResetError):
+            task.delay("north").get(timeout=PATIENCE_S)
+
+    assert len(body.calls) == 3
+
+
+def test_a_result_that_cannot_be_kept_is_not_lost(
+    app: Celery, cache: Cache, body: Body, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A task that is told to end has to hear it."""
-    from celery.exceptions import SoftTimeLimitExceeded
+    """The run has had its effects: its task completes, and the log says that nothing is remembered."""
 
-    values = iter(["old"])
+    @memoized_task(app=app, cache=cache, name=f"{name}.report")
+    def report() -> object:
+        body(None)
+        return report
 
-    @memoized_task(app=celery_session_app, cache=cache, key="k", ttl=1, stale=60, name=f"{name}.slow")
-    def slow() -> str:
-        try:
-            return next(values)
-        except StopIteration:
-            raise SoftTimeLimitExceeded from None
+    with caplog.at_level("WARNING", "petiole"):
+        assert [report(), report()] == [report, report]
+    assert len(body.calls) == 2
+    assert f"a result of {name}.report is not remembered" in caplog.text
 
-    assert slow() == "old"
-    cache.redis.coordination.pexpire(cache.keys.entry(f"{name}.slow:k"), 30_000)
-    with pytest.raises(SoftTimeLimitExceeded):
-        slow()
+
+def test_the_time_limits_of_the_cache_are_not_those_of_a_task(app: Celery, redis: Connections, name: str) -> None:
+    """The body runs in the thread that was given the request, whatever the cache does with its own loaders."""
+    cache = Cache(redis, namespace=name, hard_timeout=0.001, soft_timeout=0.001, wait=0.001, stale=60, type=list[int])
+
+    @memoized_task(app=app, cache=cache, bind=True, name=f"{name}.report")
+    def report(self: Task) -> str:
+        Event().wait(0.05)
+        return f"{current_thread().name} {self.request.id}"
+
+    assert report.apply(task_id="mine").get() == f"{current_thread().name} mine" == report.peek()
+
+
+def test_hits_joins_and_runs_are_counted(declare: Declare, body: Body) -> None:
+    """Each call is one of them."""
+    begun, go = Event(), Event()
+
+    def report(region: str) -> int:
+        begun.set()
+        go.wait(PATIENCE_S)
+        return body(region)
+
+    task = declare(report)
+    waits = task.memo.cache.stats
+    leader = task.delay("north")
+    assert begun.wait(PATIENCE_S)
+    followers = [task.delay("north") for _ in range(2)]
+    pause = Event()
+    while waits().waits + waits().joins < 2:
+        pause.wait(0.002)
+    go.set()
+    assert [result.get(timeout=PATIENCE_S) for result in (leader, *followers)] == [1, 1, 1]
+    task("north")
+
+    counts = {name: count for name, count in task.memo_stats().items() if count}
+    assert counts == {"runs": 1, "joins": 2, "hits": 1}
+    assert "1 hits, 2 joins, 1 runs" in repr(task.memo)
+
+
+def test_the_counts_are_told_to_prometheus(declare: Declare, body: Body) -> None:
+    """By the collector that locks and limiters have."""
+    task = declare(body.report)
+    task("north")
+    families = {family.name: family for family in CoordinationCollector(task.memo).collect()}
+
+    (sample,) = families["petiole_memo_runs"].samples
+    assert (sample.labels, sample.value) == ({"name": task.name}, 1)
+
+
+def test_another_version_is_another_result(declare: Declare, body: Body, name: str) -> None:
+    """A result of the old meaning is not served for the new one."""
+    tasks = [declare(body.report, name=f"{name}.report", version=1)]
+    tasks[0]("north")
+    key = tasks[0].key("north")
+    tasks[0].memo.cache.set(key.replace("@1", "@2"), "of the new one")
+
+    assert key.startswith(f"{name}.report@1:")
+    assert tasks[0]("north") == 1
+
+
+@pytest.mark.parametrize("how", ["delay", "apply_async", "direct", "apply", "signature"])
+def test_arguments_that_make_no_key_are_refused_before_anything_happens(app: Celery, cache: Cache, how: str) -> None:
+    """Nothing is sent, and the body does not run."""
+    ran: list[Any] = []
+
+    @memoized_task(app=app, cache=cache)
+    def report(region: Any) -> None:
+        ran.append(region)
+
+    ways: dict[str, Callable[[Any], Any]] = {
+        "delay": report.delay,
+        "apply_async": lambda value: report.apply_async((value,)),
+        "direct": report,
+        "apply": lambda value: report.apply((value,), throw=True),
+        "signature": lambda value: report.s(value).delay(),
+    }
+    with pytest.raises(TypeError, match="cannot tell calls apart by region, a object"):
+        ways[how](object())
+    assert ran == []
+
+
+def test_eager_tasks_are_remembered(make_app: Callable[..., Celery], cache: Cache, body: Body, name: str) -> None:
+    """With task_always_eager, what is sent runs here, after the serializer has seen it."""
+    app = make_app(task_always_eager=True)
+    task = memoized_task(app=app, cache=cache, name=f"{name}.report")(body.report)
+
+    assert [task.delay((1, {2: 3})).get(), task.delay([1, {"2": 3}]).get(), task((1, {2: 3}))] == [1, 1, 1]
+    assert chain(task.s("a"), task.s()).delay().get() == 3
+    assert group(task.s("a"), task.s("a")).delay().get() == [2, 2]
