@@ -14,13 +14,18 @@ if TYPE_CHECKING:
         Allowed,
         Barrier,
         Busy,
+        Concurrency,
         Debounce,
+        DuplicateTask,
         Hold,
         Leader,
         Limited,
         Lock,
         MultiLock,
+        Pause,
+        Rate,
         RateLimit,
+        RateLimited,
         RateLimiter,
         ReadWriteLock,
         Redlock,
@@ -28,9 +33,13 @@ if TYPE_CHECKING:
         Semaphore,
         SingleFlight,
         Throttle,
+        TooManyParked,
+        Unique,
     )
-    from .coordination.memoize import memoized_task
+    from .coordination.coordinated_task import CoordinatedTask, coordinated_task
+    from .coordination.memoize import MemoizedTask, memoized_task
     from .coordination.signals import SignalBridge
+    from .tasks.global_rate_limit import global_rate_limit
     from .tasks.invalidation import invalidate_on_commit
     from .tasks.refreshing import refreshed_in_worker
     from .tasks.warming import warmed
@@ -75,7 +84,18 @@ __all__ = [
     "Reserved",
     "Throttle",
     # Tasks and signals
+    "Concurrency",
+    "CoordinatedTask",
+    "DuplicateTask",
+    "MemoizedTask",
+    "Pause",
+    "Rate",
+    "RateLimited",
     "SignalBridge",
+    "TooManyParked",
+    "Unique",
+    "coordinated_task",
+    "global_rate_limit",
     "memoized_task",
 ]  # fmt: skip
 
@@ -112,7 +132,18 @@ _HOME = {
     "RateLimiter": ".coordination",
     "Reserved": ".coordination",
     "Throttle": ".coordination",
+    "Concurrency": ".coordination",
+    "CoordinatedTask": ".coordination",
+    "DuplicateTask": ".coordination",
+    "MemoizedTask": ".coordination",
+    "Pause": ".coordination",
+    "Rate": ".coordination",
+    "RateLimited": ".coordination",
     "SignalBridge": ".coordination",
+    "TooManyParked": ".coordination",
+    "Unique": ".coordination",
+    "coordinated_task": ".coordination",
+    "global_rate_limit": ".tasks.global_rate_limit",
     "memoized_task": ".coordination",
 }
 

@@ -6,10 +6,11 @@ A file opens with what it does and then states its contract::
     -- ARGV: token, lease_ms
     -- RETURNS: ...
 
-The loader reads the names, on the next line too after a comma at the end; a call that does not fit them fails before anything is sent. A name that ends in
-``...`` takes a sequence; several such names in one line take sequences of equal length, except ``tags...`` where ARGV
-names ``tag_count``, which the loader fills in. ``-- USES: _versions`` puts the text of ``_versions.lua`` before the
-script's. EVALSHA first; a server that does not know the script (a restart, a failover, SCRIPT FLUSH) is sent its text.
+A list that ends in a comma goes on in the next line. The loader reads the names; a call that does not fit them fails
+before anything is sent. A name that ends in ``...`` takes a sequence; several such names take sequences of equal
+length, except ``tags...`` where ARGV names ``tag_count``, which the loader fills in. ``-- USES: _versions`` puts the
+text of ``_versions.lua`` before the script's. EVALSHA first; a server that does not know the script (a restart, a
+failover, SCRIPT FLUSH) is sent its text.
 """
 
 import re
@@ -17,7 +18,9 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from hashlib import sha1
 from importlib.resources import files
+from threading import Lock
 from typing import Any, Final, Generic, TypeVar
+from weakref import WeakSet
 
 import redis
 from redis.exceptions import NoScriptError
@@ -34,9 +37,9 @@ class Script(Generic[T]):
 
     def __init__(self, name: str, text: str, decode: Callable[[Any], T]) -> None:
         self.name = name
-        self.text = text
         self.decode = decode
-        self.sha = sha1(text.encode(), usedforsecurity=False).hexdigest()
+        self.text = self.written = text
+        self.sha = _sha(text)
         header = dict(_HEADER.findall(text))
         if set(header) != {"KEYS", "ARGV"}:
             raise ValueError(f"{name}.lua does not open with its KEYS and ARGV")
@@ -48,6 +51,7 @@ class Script(Generic[T]):
         self._names = frozenset(
             name for name, _ in (*self.keys, *self.arguments) if name.removesuffix("_count") + "s" not in counted
         )
+        _texts.add(self)
 
     def __repr__(self) -> str:
         return f"<Script {self.name}({', '.join(sorted(self._names))})>"
@@ -94,7 +98,11 @@ class Prepared(Generic[T]):
         self._script = script
         self._request = script.request(values)
         self._decode: Callable[[Any], T] = script.decode
-        command = [b"EVALSHA", script.sha, *self._request]
+        self._pack()
+
+    def _pack(self) -> None:
+        sha = self._script.sha
+        command = [b"EVALSHA", sha, *self._request]
         parts = [b"*%d\r\n" % len(command)]
         for argument in command:
             if argument is HOLE:
@@ -102,12 +110,14 @@ class Prepared(Generic[T]):
             else:
                 raw = argument if isinstance(argument, bytes) else str(argument).encode()
                 parts.append(b"$%d\r\n%b\r\n" % (len(raw), raw.replace(b"%", b"%%")))
-        self._template = b"".join(parts)
+        self._template, self._sha = b"".join(parts), sha
 
     def __repr__(self) -> str:
         return f"<Prepared {self._script.name}>"
 
     def __call__(self, client: "redis.Redis", *holes: bytes) -> T:
+        if self._sha is not self._script.sha:  # its text was rewritten
+            self._pack()
         if len(holes) == 1:
             sized: tuple[Any, ...] = (len(holes[0]), holes[0])
         else:
@@ -135,12 +145,53 @@ class Prepared(Generic[T]):
             return client.execute_command("EVAL", self._script.text, *request)
 
 
+class _Texts:
+    """All scripts of this process, and how their texts are rewritten at the moment."""
+
+    def __init__(self) -> None:
+        self._scripts: WeakSet[Script[Any]] = WeakSet()
+        self._change: Callable[[str], str] | None = None
+        self._lock = Lock()
+
+    def add(self, script: Script[Any]) -> None:
+        with self._lock:
+            self._scripts.add(script)
+            if self._change is not None:
+                self._apply(script)
+
+    def rewrite(self, change: Callable[[str], str] | None) -> None:
+        with self._lock:
+            self._change = change
+            for script in self._scripts:
+                self._apply(script)
+
+    def _apply(self, script: Script[Any]) -> None:
+        script.text = script.written if self._change is None else self._change(script.written)
+        script.sha = _sha(script.text)
+
+
+_texts = _Texts()
+
+
+def rewrite(change: Callable[[str], str] | None) -> None:
+    """Rewrite the texts of all scripts of this process, also of those that are yet to be loaded. For tests.
+
+    Arguments:
+        change: makes the new text of the one that was written; None puts those back.
+    """
+    _texts.rewrite(change)
+
+
 def load(package: str, name: str, decode: Callable[[Any], T]) -> Script[T]:
     """The script ``lua/<name>.lua`` of a package."""
     folder = files(package).joinpath("lua")
     text = folder.joinpath(f"{name}.lua").read_text("utf-8")
     shared = [folder.joinpath(f"{used}.lua").read_text("utf-8") for used in _USES.findall(text)]
     return Script(name, "\n".join([*shared, text]), decode)
+
+
+def _sha(text: str) -> str:
+    return sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
 def _names(line: str) -> tuple[tuple[str, bool], ...]:

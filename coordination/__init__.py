@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from .barrier import Barrier
 from .debounce import Debounce
+from .errors import DuplicateTask, RateLimited, TooManyParked
+from .gates import Concurrency, Pause, Rate, Unique
 from .hold import Busy, Hold
 from .leader import Leader
 from .lock import Lock
@@ -21,6 +23,7 @@ from .single_flight import SingleFlight
 from .throttle import Throttle
 
 if TYPE_CHECKING:
+    from .coordinated_task import CoordinatedTask, coordinated_task
     from .memoize import MemoizedTask, memoized_task
     from .signals import SignalBridge
 
@@ -28,8 +31,11 @@ __all__ = [
     "Allowed",
     "Barrier",
     "Busy",
+    "Concurrency",
+    "CoordinatedTask",
     "Debounce",
     "Decision",
+    "DuplicateTask",
     "Hold",
     "Leader",
     "Limited",
@@ -37,7 +43,10 @@ __all__ = [
     "MemoizedTask",
     "MultiHold",
     "MultiLock",
+    "Pause",
+    "Rate",
     "RateLimit",
+    "RateLimited",
     "RateLimiter",
     "ReadWriteLock",
     "Redlock",
@@ -46,10 +55,19 @@ __all__ = [
     "SignalBridge",
     "SingleFlight",
     "Throttle",
+    "TooManyParked",
+    "Unique",
+    "coordinated_task",
     "memoized_task",
 ]
 
-_LATER = {"MemoizedTask": ".memoize", "memoized_task": ".memoize", "SignalBridge": ".signals"}
+_LATER = {
+    "CoordinatedTask": ".coordinated_task",
+    "coordinated_task": ".coordinated_task",
+    "MemoizedTask": ".memoize",
+    "memoized_task": ".memoize",
+    "SignalBridge": ".signals",
+}
 
 
 def __getattr__(name: str) -> Any:

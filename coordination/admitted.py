@@ -4,8 +4,10 @@ In a worker the leases are renewed by its main process, so nothing is made here 
 such process (an eager run, a direct call) the holds are made at once, and renewed in this one.
 """
 
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ..cachelib.circuit import UNAVAILABLE
 from ..cachelib.counters import Counters
@@ -129,6 +131,18 @@ class Admitted:
         for gate in self._running.gates:
             if gate.lock is not None:
                 self._hold_of(gate)
+
+    def run(self, body: Callable[[], Any]) -> Any:
+        """Run the task's body; a lock that it holds and waits for is one it would wait for without end."""
+        frames = keeper_of(self._lot.redis).running_under
+        locks = [gate.state for gate in self._running.gates if gate.lock is not None and gate.lock[0] == "lock"]
+        for state in locks:
+            frames[state] = sys._getframe()
+        try:
+            return body()
+        finally:
+            for state in locks:
+                frames.pop(state, None)
 
     def end(self, verdict: str = "-") -> bool:
         """Give all back. Whether it was held until now. When Redis does not answer, it is given back when it does."""

@@ -1,7 +1,7 @@
 """``@coordinated_task`` and its base class: a Celery task that runs when its gates let it.
 
-The gates are asked in the worker, where the body would run, by one script; see ``passing.py`` for what becomes of a task
-that they refuse, ``gates.py`` for what can be declared, ``parking.py`` for where it waits.
+The gates are asked in the worker, where the body would run, by one script; see ``passing.py`` for what becomes of a
+task that they refuse, ``gates.py`` for what can be declared, ``parking.py`` for where it waits.
 """
 
 import inspect
@@ -20,12 +20,13 @@ from ..cachelib.counters import Counters
 from ..cachelib.durations import Duration, milliseconds
 from ..cachelib.errors import CachelibError
 from ..cachelib.templates import signature_of
-from . import keys, parked_messages
+from . import keys, parked_messages, passing
 from .admitted import Admitted
 from .errors import DuplicateTask
-from .gates import Concurrency, Gates, OnConflict, Pause, Rate, Unique, Until, WhenFull, check_unique
+from .gates import Concurrency, GateCall, Gates, OnConflict, Pause, Rate, Unique, WhenFull, check_unique
 from .hold import lease_of
-from .memo_keys import MemoKeys
+from .losing import run_until_lost
+from .memo_keys import MemoKeys, restoring
 from .parking import ParkingLot
 from .passing import Passage
 from .rate_limit import RateLimit
@@ -111,7 +112,16 @@ class CoordinatedTask(Task):
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         if not self.gates:
             return super().__call__(*arguments, **keywords)
-        return self._pass_gates(arguments, keywords, self._body_of(arguments, keywords))
+        body = self._body_of(arguments, keywords)
+        delivered = self.request_stack.top
+        if delivered is not None and getattr(delivered, "admission", None) is None:
+            return self._pass_gates(arguments, keywords, body)
+        # A direct call, maybe of a body by itself. Its request is its own: what it holds is not for other threads.
+        self.push_request(args=arguments, kwargs=keywords)
+        try:
+            return self._pass_gates(arguments, keywords, body)
+        finally:
+            self.pop_request()
 
     def apply_async(
         self,
@@ -131,11 +141,12 @@ class CoordinatedTask(Task):
         or chord, or with an id, a link or a parent that waits, is always sent, and is decided in the worker.
         """
         unique = _unique_of(type(self))
-        if unique is None or unique.until is None or self.app.conf.task_always_eager:
+        asked = passing.stand_in is None or passing.stand_in.asks_redis
+        if unique is None or unique.until is None or self.app.conf.task_always_eager or not asked:
             return super().apply_async(args, kwargs, task_id, producer, link, link_error, shadow, **options)
         bare = task_id is None and not link and not link_error and not _IN_CANVAS & options.keys()
         chosen = task_id or uuid4().hex
-        other = self._claim(unique, args or (), kwargs or {}, chosen, options, bare=bare)
+        other = self._claim(unique, args or (), kwargs or {}, chosen, options)
         if other and bare and unique.on_conflict == "drop":
             return AsyncResult(other, backend=self.backend, app=self.app)
         if other and bare and unique.on_conflict == "raise":
@@ -179,10 +190,20 @@ class CoordinatedTask(Task):
         return lambda: self.run(*arguments, **keywords)
 
     def _pass_gates(
-        self, arguments: Sequence[Any], keywords: Mapping[str, Any], body: Callable[[], Any]
+        self,
+        arguments: Sequence[Any],
+        keywords: Mapping[str, Any],
+        body: Callable[[], Any],
+        *,
+        memo: GateCall | None = None,
     ) -> Any:
+        """Run a body when the gates let it.
+
+        Arguments:
+            memo: the gate of those that want the same result, which is asked too.
+        """
         followed = parked_messages.header_of(self.request).get("follows")
-        if isinstance(followed, str):
+        if isinstance(followed, str) and not parked_messages.generation_of(self.request):
             value = self._joined(f"j{followed}")
             if value is not MISS:
                 self._counters.add("joined")
@@ -190,22 +211,16 @@ class CoordinatedTask(Task):
         return Passage(
             self,
             self.lot,
-            self.gates.of(arguments, keywords),
+            [*([memo] if memo is not None else ()), *self.gates.of(arguments, keywords)],
             arguments,
             keywords,
             lease_of(self.gate_lease),
             self._counters,
-            body,
+            body if self.gate_on_lost == "mark" else lambda: run_until_lost(self.admission, body),
             self._joined,
             self._verdict_of,
-            self._on_admitted,
+            alone=memo is not None and not self.gates,
         ).go()
-
-    def _on_admitted(self, admitted: Admitted) -> None:
-        if self.gate_on_lost == "terminate":
-            from .losing import terminate_when_lost
-
-            terminate_when_lost(self, admitted)
 
     def _joined(self, verdict: str) -> Any:
         """The result of the call that a verdict names; ``MISS`` when it is not known any more."""
@@ -235,12 +250,10 @@ class CoordinatedTask(Task):
         keywords: Mapping[str, Any],
         id: str,
         options: Mapping[str, Any],
-        *,
-        bare: bool,
     ) -> str:
         """Claim to be the only call. The id of another one that is, or the empty text."""
         claims = [gate for gate in self.gates.of(arguments, keywords) if gate.kind == "c"]
-        permit = keys.turn("unique", f"{self.name}:{_unique_key(type(self), self.name)(arguments, keywords)}")
+        permit = keys.turn("unique", _unique_key(type(self), self.name)(arguments, keywords))
         countdown = options.get("countdown") or 0
         ttl_ms = _CLAIM_MS + int(float(countdown) * 1_000)
         if unique.until not in ("start", "end") and unique.until is not None:
@@ -279,7 +292,7 @@ def coordinated_task(
 ) -> Callable[[Callable[..., Any]], CoordinatedTask]:
     """Make a task that runs when its gates let it, in all workers together.
 
-    >>> @coordinated_task(app=app, lock="account:{account_id}", rate=["100/m", "{tenant}: 10/s"], concurrency={"{tenant}": 5})
+    >>> @coordinated_task(app=app, lock="account:{account_id}", rate=["100/m", "{tenant}: 10/s"])
     ... def charge(account_id: int, tenant: str) -> None: ...
 
     Promises:
@@ -289,16 +302,16 @@ def coordinated_task(
       retry, no slot, no prefetch and no memory of a worker; the visibility timeout does not double it; it is revocable
       and visible (``petiole parked``), survives restarts, and is sent again when it may run: first come, first served
       within a key, and by turns between keys.
-    - While its lease is valid nobody else holds what it holds. A pool process that dies, or is terminated, gives back what
-      its task held within a second; a whole worker that dies, within one ``lease``. Locks are those of ``Lock``, of
-      the same name.
+    - While its lease is valid nobody else holds what it holds. What a task held whose pool process dies, or is
+      terminated, is given back within a second; what a whole worker held that dies, within one ``lease``. Locks are
+      those of ``Lock``, of the same name.
     - A second delivery of a call that runs does not run beside it: it runs if the first one's process dies.
     - Rates hold for when tasks start: no window of time sees more than ``RateLimit.bound``.
 
     Non-promises: what Redis forgets is forgotten; the order holds between tasks that wait, not between one that waits
-    and one that was woken and sits in a queue of the broker. No lease can stop a process that was stopped for longer than
-    it and goes on: what must not be done twice is checked by the fence (``task.admission.hold.guard``). Without Redis
-    nothing runs: the broker delivers the task again, five to ten seconds later. ``task.run(...)`` asks no gate.
+    and one that was woken and sits in a queue of the broker. No lease can stop a process that was stopped for longer
+    than it and goes on: what must not be done twice is checked by the fence (``task.admission.hold.guard``). Without
+    Redis nothing runs: the broker delivers the task again, five to ten seconds later. ``task.run(...)`` asks no gate.
 
     Run where it is called (eager mode, a direct call), a task waits for its gates in place, for a minute at most.
 
@@ -409,4 +422,5 @@ def _gates_of(task: type[CoordinatedTask], app: Celery) -> Gates:
         fair=task.gate_fair,
         max_parked=task.gate_max_parked,
         when_full=task.gate_when_full,
+        restored=restoring(task.run) if task._dump_pydantic_arguments is not None else None,
     )

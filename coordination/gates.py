@@ -1,7 +1,8 @@
 """The gates of a task: what must be free before it runs, and what becomes of a call for which it is not. Pure.
 
-What a user writes (``lock="account:{account_id}"``, ``rate=["100/m", "{tenant}: 10/s"]``) is read once, when the task
-is declared; ``Gates.of`` fills in the arguments of one call. All that Redis is told about a gate stands in ``GateCall``.
+What a user writes (``lock="account:{account_id}"``, ``rate=["100/m", "{tenant}: 10/s"]``) is read once, when the
+task is declared; ``Gates.of`` fills in the arguments of one call. All that Redis is told about a gate stands in
+``GateCall``.
 """
 
 import json
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from inspect import Signature
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from ..cachelib.durations import Duration, milliseconds
 from ..cachelib.templates import Template
@@ -22,6 +23,8 @@ OnConflict = Literal["join", "drop", "raise", "replace"]
 Until = Literal["start", "end"]
 
 _POLICIES: dict[str, str] = {"reject": "r", "drop_oldest": "o", "drop_newest": "n"}
+_CONFLICTS: dict[str, tuple[int, str]] = {"join": (-1, "r"), "drop": (0, "n"), "raise": (0, "r"), "replace": (1, "o")}
+"""How many may wait for the one that runs, and what becomes of one more."""
 _KEYED_RATE = re.compile(r"(.*\{.*\}.*?)\s*:\s*([0-9]+/[0-9]*[smhd])", re.DOTALL)
 _LARGEST = 1_000_000
 
@@ -175,7 +178,23 @@ class Served:
         return cls(*found)
 
 
+def memo_gate(key: str) -> GateCall:
+    """The gate of those that want one result: one makes it, the others wait to end with it."""
+    state = keys.turn("memo", key)
+    return GateCall("p", f"result {key!r}", state, keys.turn_queue(state), joins=True, lock=("memo", key))
+
+
 Fill = Callable[[Sequence[Any], Mapping[str, Any]], str]
+
+
+class _Call(NamedTuple):
+    """A call of a task: how it was spelled, and what each argument is."""
+
+    arguments: Sequence[Any]
+    keywords: Mapping[str, Any]
+    values: Mapping[str, Any]
+    fair: str
+    """What goes by turns with others in a line that keys share."""
 
 
 class Gates:
@@ -196,22 +215,24 @@ class Gates:
         fair: str | None = None,
         max_parked: int | None = None,
         when_full: WhenFull = "reject",
+        restored: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         if max_parked is not None and (type(max_parked) is not int or max_parked < 1):
             raise ValueError(f"max_parked={max_parked!r} must be a whole number, 1 or more")
         if when_full not in get_args(WhenFull):
             raise ValueError(f"when_full={when_full!r} is unknown; there are {', '.join(get_args(WhenFull))}")
         self._task = task
+        self._restored = restored  # makes of arguments that were sent what the function is given
         self._signature = signature
         self._most = -1 if max_parked is None else max_parked
         self._policy = _POLICIES[when_full]
-        self._makers: list[Callable[[Sequence[Any], Mapping[str, Any], str], GateCall]] = []
+        self._makers: list[Callable[[_Call], GateCall]] = []
         self._keyed: list[str] = []
         if debounce is not None:
             self._add_pause(debounce if isinstance(debounce, Pause) else Pause(debounce))
         if unique is not None:
             self._add_unique(unique, unique_key, namespace)
-        for name in [lock] if isinstance(lock, str) else lock or ():
+        for name in _locks(lock):
             self._add_lock(name)
         for permits in _concurrencies(concurrency):
             self._add_concurrency(permits)
@@ -232,29 +253,35 @@ class Gates:
         Raises ``TypeError`` for arguments that the task does not take, and ``ValueError`` for a cost that could never
         pass, or two gates with one name.
         """
-        fair = "-"
+        bound = self._signature.bind(*arguments, **keywords)
+        bound.apply_defaults()
+        values, fair = bound.arguments, "-"
+        if self._restored is not None:
+            self._restored(values)
         if self._fair is not None:
-            fair = blake2b(self._fair.fill(arguments, keywords).encode(), digest_size=8).hexdigest()
-        calls = [make(arguments, keywords, fair) for make in self._makers]
+            fair = blake2b(self._fair.format(**values).encode(), digest_size=8).hexdigest()
+        call = _Call(arguments, keywords, values, fair)
+        calls = [make(call) for make in self._makers]
         if len(calls) > 1 and len({call.state for call in calls}) < len(calls):
             names = ", ".join(call.shown for call in calls)
             raise ValueError(f"{self._task}: two gates of this call are the same one: {names}")
         return calls
 
-    def _template(self, text: str) -> Template:
+    def _template(self, text: str) -> str:
+        """A template, checked."""
         if not isinstance(text, str):
             raise TypeError(f"{text!r} is no template; write text, with the arguments of the task in braces")
-        return Template(text, self._signature)
+        return Template(text, self._signature).text
 
     def _add_lock(self, name: str) -> None:
         template = self._template(name)
         most, policy = self._most, self._policy
 
-        def make(arguments: Sequence[Any], keywords: Mapping[str, Any], fair: str) -> GateCall:
-            filled = template.fill(arguments, keywords)
+        def make(call: _Call) -> GateCall:
+            filled = template.format(**call.values)
             state = keys.turn("lock", filled)
             return GateCall(
-                "p", f"lock {filled!r}", state, keys.turn_queue(state), most=most, policy=policy, fair=fair,
+                "p", f"lock {filled!r}", state, keys.turn_queue(state), most=most, policy=policy, fair=call.fair,
                 template=name, lock=("lock", filled),
             )  # fmt: skip
 
@@ -268,13 +295,13 @@ class Gates:
             self._keyed.append(permits.key)
         most, policy = self._most, self._policy
 
-        def make(arguments: Sequence[Any], keywords: Mapping[str, Any], fair: str) -> GateCall:
-            key = template.fill(arguments, keywords)
+        def make(call: _Call) -> GateCall:
+            key = template.format(**call.values)
             filled = f"{name}:{key}" if permits.key else name
             state = keys.turn("semaphore", filled)
             return GateCall(
                 "p", f"concurrency {filled!r} ({permits.count})", state, keys.turn_queue(state), count=permits.count,
-                most=most, policy=policy, fair=fair, template=permits.key, lock=("semaphore", filled),
+                most=most, policy=policy, fair=call.fair, template=permits.key, lock=("semaphore", filled),
             )  # fmt: skip
 
         self._makers.append(make)
@@ -292,8 +319,8 @@ class Gates:
         kind, count, span, rest, part = limit.arguments()
         most, policy = self._most, self._policy
 
-        def make(arguments: Sequence[Any], keywords: Mapping[str, Any], fair: str) -> GateCall:
-            caller, amount = template.fill(arguments, keywords) or EVERYBODY, cost(arguments, keywords)
+        def make(call: _Call) -> GateCall:
+            caller, amount = template.format(**call.values) or EVERYBODY, cost(call.values)
             if not 1 <= amount <= limit.burst:
                 raise ValueError(
                     f"{self._task}: a call that costs {amount} can never pass {limit!r}; it admits 1 to {limit.burst}"
@@ -301,8 +328,8 @@ class Gates:
             block, state = (key.decode() for key in limiter.of(caller))
             shown = f"rate {limit} of {name!r}" + (f" for {caller!r}" if rate.key else "")
             return GateCall(
-                kind.lower(), shown, state, block, 1 if limit.by_call else amount, count, span, rest, part, most, policy,
-                fair, template=rate.key, caller=caller, limiter=name, limit=limit,
+                kind.lower(), shown, state, block, 1 if limit.by_call else amount, count, span, rest, part, most,
+                policy, call.fair, template=rate.key, caller=caller, limiter=name, limit=limit,
             )  # fmt: skip
 
         self._makers.append(make)
@@ -315,20 +342,28 @@ class Gates:
         if unique.until is not None:
             ends_with_start = int(unique.until in get_args(Until))
 
-            def claim(arguments: Sequence[Any], keywords: Mapping[str, Any], fair: str) -> GateCall:
-                filled = key(arguments, keywords)
-                state = keys.claim(namespace, self._task, filled)
+            def claim(call: _Call) -> GateCall:
+                filled = key(call.arguments, call.keywords)
+                state = keys.claim(namespace, filled)
                 return GateCall(
-                    "c", f"unique {filled!r}", state, state, rest=ends_with_start, policy=policy, template=unique.key or ""
+                    "c",
+                    f"unique {filled!r}",
+                    state,
+                    state,
+                    rest=ends_with_start,
+                    policy=policy,
+                    template=unique.key or "",
                 )
 
             self._makers.append(claim)
         if unique.until == "start" or (unique.until not in (None, "end") and unique.on_conflict != "join"):
             return
-        most, when_full = {"join": (-1, "r"), "drop": (0, "n"), "raise": (0, "r"), "replace": (1, "o")}[unique.on_conflict]
+        most, when_full = {"join": (-1, "r"), "drop": (0, "n"), "raise": (0, "r"), "replace": (1, "o")}[
+            unique.on_conflict
+        ]
 
-        def permit(arguments: Sequence[Any], keywords: Mapping[str, Any], fair: str) -> GateCall:
-            filled = f"{self._task}:{key(arguments, keywords)}"
+        def permit(call: _Call) -> GateCall:
+            filled = key(call.arguments, call.keywords)
             state = keys.turn("unique", filled)
             return GateCall(
                 "p", f"unique {filled!r}", state, keys.turn_queue(state), most=most, policy=when_full,
@@ -344,8 +379,8 @@ class Gates:
             raise ValueError(f"longest={pause.longest!r} is shorter than the pause, {pause.pause!r}")
         template = self._template(pause.key)
 
-        def make(arguments: Sequence[Any], keywords: Mapping[str, Any], fair: str) -> GateCall:
-            key = template.fill(arguments, keywords)
+        def make(call: _Call) -> GateCall:
+            key = template.format(**call.values)
             state = keys.debounced_task(self._task, key or EVERYBODY)
             return GateCall(
                 "d", f"pause of {self._task!r}" + (f" for {key!r}" if key else ""), state, state, span=pause_us,
@@ -358,9 +393,7 @@ class Gates:
 def check_unique(unique: Unique) -> None:
     """Raises ``ValueError`` for options that make no sense, alone or together."""
     if unique.on_conflict not in get_args(OnConflict):
-        raise ValueError(
-            f"on_conflict={unique.on_conflict!r} is unknown; there are {', '.join(get_args(OnConflict))}"
-        )
+        raise ValueError(f"on_conflict={unique.on_conflict!r} is unknown; there are {', '.join(get_args(OnConflict))}")
     if unique.until == "start" and unique.on_conflict == "join":
         raise ValueError(
             'until="start" and on_conflict="join": who waits only until another has started has no result to end with; '
@@ -370,12 +403,12 @@ def check_unique(unique: Unique) -> None:
         milliseconds(unique.until, "until")  # type: ignore[arg-type]
 
 
-def _cost(cost: int | str, signature: Signature) -> Callable[[Sequence[Any], Mapping[str, Any]], int]:
+def _cost(cost: int | str, signature: Signature) -> Callable[[Mapping[str, Any]], int]:
     if isinstance(cost, str):
-        template = Template(cost, signature)
+        template = Template(cost, signature).text
 
-        def filled(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> int:
-            text = template.fill(arguments, keywords)
+        def filled(values: Mapping[str, Any]) -> int:
+            text = template.format(**values)
             if not text.isascii() or not text.isdigit():
                 raise ValueError(f"cost={cost!r} gives {text!r} for this call, which is no whole number")
             return int(text)
@@ -383,7 +416,15 @@ def _cost(cost: int | str, signature: Signature) -> Callable[[Sequence[Any], Map
         return filled
     if type(cost) is not int or cost < 1:
         raise ValueError(f"cost={cost!r} must be a whole number, 1 or more, or a template")
-    return lambda arguments, keywords: cost
+    return lambda _values: cost
+
+
+def _locks(given: Any) -> Sequence[str]:
+    if given is None or isinstance(given, str):
+        return [] if given is None else [given]
+    if not isinstance(given, Sequence):
+        raise TypeError(f"lock={given!r} is no name; write a template such as 'account:{{account_id}}', or several")
+    return given
 
 
 def _concurrencies(given: Any) -> list[Concurrency]:

@@ -13,6 +13,7 @@ import math
 import time
 from itertools import groupby
 from threading import Event, RLock, Thread
+from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -57,6 +58,8 @@ class Keeper:
         self._address = redis.address
         self._holds: dict[str, Hold] = {}  # by token; whoever takes one out decides how it ended
         self._orphans: dict[str, _Orphan] = {}
+        self.running_under: dict[str, FrameType] = {}
+        """Of locks that another process renews for us: the functions that run under them."""
         self._thread: Thread | None = None
         self._wakes_at = math.inf
         self._pause_s = _LONGEST_PAUSE_S
@@ -77,7 +80,7 @@ class Keeper:
         """What the parent holds, the parent holds: a child has none of it."""
         self._lock, self._renewing, self._wake = RLock(), RLock(), Event()
         self._thread, self._wakes_at = None, math.inf
-        holds, self._holds, self._orphans = self._holds, {}, {}
+        holds, self._holds, self._orphans, self.running_under = self._holds, {}, {}, {}
         for hold in holds.values():
             hold.forked()
 
@@ -96,7 +99,8 @@ class Keeper:
         for hold in list(self._holds.values()):
             if hold.store.name == store.name and (frame := hold.frame) is not None and is_running(frame):
                 return True
-        return False
+        frame = self.running_under.get(store.name)
+        return frame is not None and is_running(frame)
 
     def undo(self, store: TurnStore, token: str, lease_ms: int, *, repeatedly: bool) -> None:
         """An acquire has ended with an exception: whatever came of it is nobody's."""

@@ -94,7 +94,7 @@ class ParkingKeys:
 
     def __init__(self, namespace: str) -> None:
         self.namespace = escaped_name(namespace, "namespace")
-        self.parked = f"{LAYOUT}:parked:{{{self.namespace}}}"
+        self.parked = _parked(self.namespace)
         """What is to be sent when a task is woken, by its id: a hash."""
         self.waits = f"{self.parked}:waits"
         """Where each waits: a hash."""
@@ -112,7 +112,20 @@ class ParkingKeys:
     @property
     def channel(self) -> str:
         """On which is said that a line or a task is due. No key: nothing is stored."""
-        return f"{LAYOUT}:granted:parked.{self.namespace}"
+        return granted(f"parked.{self.namespace}")
+
+
+def _parked(namespace: str) -> str:
+    return f"{LAYOUT}:parked:{{{namespace}}}"
+
+
+PARKED_MATCHING = _parked("*")
+"""A pattern for SCAN that finds the hashes of parked tasks."""
+
+
+def parked_namespace(parked: str) -> str:
+    """The namespace of such a hash."""
+    return unescaped(parked[parked.index("{") + 1 : -1])
 
 
 def line(state: str) -> str:
@@ -135,6 +148,6 @@ def debounced_task(task: str, key: str) -> str:
     return f"{LAYOUT}:pause:{{{escaped_name(task, 'task')}:{escaped(key)}}}"
 
 
-def claim(namespace: str, task: str, key: str) -> str:
-    """Which call of a task that is unique has been sent: the id of that call."""
-    return f"{LAYOUT}:claim:{{{escaped_name(namespace, 'namespace')}}}:{escaped_name(task, 'task')}:{escaped(key)}"
+def claim(namespace: str, key: str) -> str:
+    """Which of those calls has been sent that are the same, where one is to be sent: the id of that call."""
+    return f"{LAYOUT}:claim:{{{escaped_name(namespace, 'namespace')}}}:{escaped(key)}"

@@ -90,6 +90,26 @@ class Memo:
             return value
         raise said
 
+    def look(self, call: Call) -> Any:
+        """The result of a call, if there is one; ``MISS`` if it is to be made, or is being made. Raises a remembered
+        failure. What is stale is returned, and a refresh of it sent.
+        """
+        cache, policy = self._policy()
+        policy = replace(policy, wait_ms=0)
+
+        def nothing() -> Any:
+            raise _NoResult(_Nothing())
+
+        try:
+            value = cache.call(call.key, nothing, policy, call.tags, (call.arguments, call.keywords))
+        except _NoResult:
+            return MISS
+        except Exception:
+            self._counters.add("failures")
+            raise
+        self._counters.add("hits")
+        return value
+
     def refresh(self, call: Call, run: Callable[[], Any], token: str) -> Any:
         """Make the result of a call anew; ``MISS`` when that is somebody else's by now, or Redis is away."""
         cache, policy = self._policy()
@@ -182,6 +202,10 @@ class _NoResult(BaseException):
 
     def __init__(self, said: BaseException) -> None:
         self.said = said
+
+
+class _Nothing(Exception):
+    """There is no result."""
 
 
 def _waits(cache: Cache) -> int:

@@ -14,14 +14,18 @@ from celery.result import AsyncResult
 
 from ..cachelib import MISS, Cache
 from ..cachelib.durations import Duration
-from . import memo_refresh
+from . import memo_refresh, parked_messages, passing
+from .coordinated_task import WORKER_STEP, CoordinatedTask, lot_of
+from .gates import memo_gate
+from .guarded import is_guarded
 from .memo_keys import Call, MemoKeys
 from .memo_options import DEFAULTS, PREFIX, MemoOptions
 from .memo_results import Memo
+from .parking import ParkingLot
 from .short_circuit import answered
 
 
-class MemoizedTask(Task):
+class MemoizedTask(CoordinatedTask):
     """The base of memoized tasks: what ``@memoized_task`` makes, and what an application's own base may build on.
 
     >>> @app.task(base=MemoizedTask, memo_key="{region}", memo_ttl="5m")
@@ -56,8 +60,18 @@ class MemoizedTask(Task):
     def on_bound(cls, app: Celery) -> None:
         """Check the options when the task is declared, not when it runs."""
         super().on_bound(app)
-        if cls.run is not Task.run:
-            _found(cls)
+        if cls.run is not Task.run and _found(cls) is not None:
+            app.steps["worker"].add(WORKER_STEP)
+
+    @property
+    def is_coordinated(self) -> bool:
+        """Whether its calls may have to wait: for a gate, or for a result that is being made."""
+        return super().is_coordinated or (self.memo is not None and not self.memo.cache.redis.is_cluster)
+
+    @property
+    def lot(self) -> ParkingLot:
+        """Where its calls wait."""
+        return lot_of(self.app, self.gate_redis or (None if self.memo is None else self.memo.cache.redis))
 
     @property
     def memo(self) -> Memo | None:
@@ -144,9 +158,36 @@ class MemoizedTask(Task):
     def _lead_or_follow(self, memo: Memo, call: Call, run: Callable[[], Any]) -> Any:
         """What is remembered; else what this run makes, or the run of another that is under way.
 
-        The one place that decides how a follower waits: here, in its worker's slot.
+        Delivered by a worker, a call that follows is parked; where it was called, it waits in place.
         """
-        return memo.lead_or_wait(call, run)
+        request = self.request
+        here = request.called_directly or request.is_eager or request.id is None
+        here = here or passing.stand_in is not None or memo.cache.redis.is_cluster
+        if here or not is_guarded(self.lot.keys.namespace):
+            return memo.lead_or_wait(call, run)
+        if not parked_messages.generation_of(request):  # else the lot knows of it, and is asked first
+            value = memo.look(call)
+            if value is not MISS:
+                return value
+        body = self._body_of(call.arguments, call.keywords)
+        return self._pass_gates(
+            call.arguments, call.keywords, lambda: memo.lead_or_wait(call, body), memo=memo_gate(call.key)
+        )
+
+    def _joined(self, verdict: str) -> Any:
+        """As of a coordinated task; and what is remembered."""
+        memo = self.memo
+        if verdict != "m" or memo is None:
+            return super()._joined(verdict)
+        value = memo.look(memo.call(self.request.args, self.request.kwargs))
+        if value is not MISS:
+            memo.count("joins")
+        return value
+
+    def _verdict_of(self, value: Any) -> str:
+        """Those that wait for the result find it in the cache."""
+        kept = super()._verdict_of(value)
+        return "m" if kept == "-" and self.memo is not None else kept
 
     def _call(self, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[Memo, Call]:
         memo = self.memo

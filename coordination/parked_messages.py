@@ -7,9 +7,12 @@ whatever the task's serializer is: nothing that comes out of Redis is unpickled.
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime
+from types import NoneType
 from typing import Any
 
 from celery import Celery, Task
+from kombu.exceptions import DecodeError, EncodeError, SerializerNotInstalled
+from kombu.serialization import registry
 from kombu.utils import json as kombu_json
 
 from .parking import LARGEST_RECORD_BYTES, Woken
@@ -18,7 +21,8 @@ _to_json: Callable[[Any], str] = kombu_json.dumps  # which are not typed
 _from_json: Callable[[bytes], Any] = kombu_json.loads
 
 HEADER = "petiole"
-"""The message header of ours: a mapping. ``generation``: of the parking that the message was sent from."""
+"""The message header of ours: a mapping. ``generation``: of the parking that the message was sent from, and ``of``
+which attempt that was; ``follows``: the id of the call with whose result it may end."""
 
 _ADDRESS = ("queue", "exchange", "routing_key", "priority")
 _LONG_AGO = "2000-01-01T00:00:00+00:00"
@@ -26,8 +30,17 @@ _LONG_AGO = "2000-01-01T00:00:00+00:00"
 
 def generation_of(request: Any) -> int:
     """Of the parking from which a delivery was woken; 0 for any other."""
-    found = header_of(request).get("generation", 0)
-    return found if type(found) is int and found > 0 else 0
+    header = header_of(request)
+    found = header.get("generation", 0)
+    if type(found) is not int or found < 1 or header.get("of") != f"{request.id}.{request.retries or 0}":
+        return 0  # a retry carries the header of the delivery that it retries
+    return found
+
+
+def forget_generation(request: Any) -> None:
+    """The running delivery was admitted: what is sent with its headers is no message from that parking."""
+    if "generation" in header_of(request):
+        request.headers = {**request.headers, HEADER: _lasting(request)}
 
 
 def header_of(request: Any) -> dict[str, Any]:
@@ -43,7 +56,6 @@ def record_of(task: Task, arguments: Any, keywords: Any) -> bytes:
     """
     options = dict(task.signature_from_request(task.request, arguments, keywords).options)
     headers = {name: value for name, value in (options.pop("headers", None) or {}).items() if name != HEADER}
-    followed = {key: value for key, value in header_of(task.request).items() if key != "generation"}
     for unwanted in ("redelivered", "consumer_tag", "delivery_tag"):
         options.pop(unwanted, None)
     record = _to_json(
@@ -52,12 +64,55 @@ def record_of(task: Task, arguments: Any, keywords: Any) -> bytes:
             "args": list(arguments),
             "kwargs": dict(keywords),
             "options": {name: value for name, value in options.items() if value is not None},
-            "headers": {**headers, HEADER: followed},
+            "headers": {**headers, HEADER: _lasting(task.request)},
         }
     ).encode()
+    if not all(map(_plain, (*arguments, *keywords.values()))):
+        back = _from_json(record)
+        if not (_same(list(arguments), back["args"]) and _same(dict(keywords), back["kwargs"])):
+            raise TypeError(f"{task.name}: the arguments of a call would come back from JSON as others")
     if len(record) > LARGEST_RECORD_BYTES:
         raise ValueError(f"{task.name}: a call of {len(record)} bytes is too large to be parked; pass a reference")
     return bytes(record)
+
+
+def serializer_of(task: Task, arguments: Any, keywords: Any) -> str | None:
+    """One that carries the arguments of a delivery, which does not say how it was written; None: the default."""
+    sent = [list(arguments), dict(keywords)]
+    accepted = [registry.type_to_name.get(name, name) for name in task.app.conf.accept_content]
+    for name in dict.fromkeys([task.serializer or task.app.conf.task_serializer, *accepted]):
+        try:
+            content_type, encoding, data = registry.dumps(sent, name)
+            if _same(sent, registry.loads(data, content_type, encoding, accept=[content_type])):
+                return str(name)
+        except (SerializerNotInstalled, EncodeError, DecodeError):
+            continue
+    return None
+
+
+def _lasting(request: Any) -> dict[str, Any]:
+    """Our header, without what is said of one parking."""
+    return {key: value for key, value in header_of(request).items() if key not in ("generation", "of")}
+
+
+def _plain(value: Any) -> bool:
+    """Whether JSON brings a value back as it was, for sure."""
+    kind = type(value)
+    if kind is list:
+        return all(map(_plain, value))
+    if kind is dict:
+        return "__type__" not in value and all(type(key) is str and _plain(item) for key, item in value.items())
+    return kind in (str, int, float, bool, NoneType)
+
+
+def _same(value: Any, back: Any) -> bool:
+    if type(value) is not type(back):
+        return False
+    if isinstance(value, list):
+        return len(value) == len(back) and all(map(_same, value, back))
+    if isinstance(value, dict):
+        return value.keys() == back.keys() and all(_same(item, back[key]) for key, item in value.items())
+    return bool(value == back)
 
 
 def expires_in_us(request: Any) -> int:
@@ -87,7 +142,7 @@ def send(app: Celery, producer: Any, woken: Woken, *, revoked: bool) -> None:
     options = dict(read["options"])
     address = {name: options.pop(name) for name in _ADDRESS if name in options}
     headers = dict(read["headers"])
-    headers[HEADER] = {**headers.get(HEADER, {}), "generation": woken.generation}
+    headers[HEADER] = {**headers.get(HEADER, {}), "generation": woken.generation, "of": woken.token}
     if revoked:
         options["expires"] = _LONG_AGO
     options.setdefault("task_id", woken.id)

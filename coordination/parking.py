@@ -1,8 +1,8 @@
 """Tasks that may not run yet wait in Redis: what is said to it, one method per operation.
 
-A refused task is written down in the script that refuses it, so it is in its line before what it waits for can end. From
-then on it is in nobody's memory and in no broker. It leaves Redis when it is admitted, not when it is woken: what was
-sent and got lost is still known, and a message that comes twice finds nothing the second time. The scripts are in
+A refused task is written down in the script that refuses it, so it is in its line before what it waits for can end.
+From then on it is in nobody's memory and in no broker. It leaves Redis when it is admitted, not when it is woken: what
+was sent and got lost is still known, and a message that comes twice finds nothing the second time. The scripts are in
 ``lua/task_*.lua``, ``lua/line_serve.lua`` and ``lua/parked_*.lua``.
 """
 
@@ -13,6 +13,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from ..cachelib.connections import Connections
 from ..cachelib.scripts import load
@@ -49,7 +50,7 @@ class Attempt(NamedTuple):
     @property
     def token(self) -> str:
         """Tells it from other attempts, not from other deliveries."""
-        return f"{self.id}.{self.retries}"
+        return f"{_word(self.id)}.{self.retries}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,12 +161,17 @@ class Crashed(NamedTuple):
     gates: list[list[Any]]
     """State, queue and number of its permits each."""
 
+    def is_of(self, pid: int) -> bool:
+        """Whether it runs in that process of this node."""
+        return self.node == _HOST and self.pid == pid
+
 
 _ADMIT = load(__package__, "task_admit", list)
 _END = load(__package__, "task_end", int)
 _SERVE = load(__package__, "line_serve", int)
 _NEXT = load(__package__, "parked_next", list)
 _SENT = load(__package__, "parked_sent", int)
+_FORGET = load(__package__, "parked_forget", bool)
 _WAKE = load(__package__, "parked_wake", list)
 _RENEW = load(__package__, "runs_renew", list)
 _CLAIM = load(__package__, "claim_take", list)
@@ -178,8 +184,8 @@ class ParkingLot:
     def __init__(self, redis: Connections, namespace: str) -> None:
         if redis.is_cluster:
             raise ValueError(
-                f"{redis.address} is a Cluster; the gates of a task are asked in one script, so their names must be on one "
-                "server. Give coordinated tasks a single server or Sentinel: coordinated_task(redis=connect(...))"
+                f"{redis.address} is a Cluster; the gates of a task are asked in one script, so their names must be on "
+                "one server. Give coordinated tasks a single server or Sentinel: coordinated_task(redis=connect(...))"
             )
         self.redis = redis
         self.keys = keys.ParkingKeys(namespace)
@@ -237,9 +243,9 @@ class ParkingLot:
             most=[gate.most for gate in gates],
             policies=[gate.policy for gate in gates],
             fairs=[gate.fair for gate in gates],
-            definitions=[gate.definition(lease_ms) for gate in gates],
+            definitions=[gate.definition(lease_ms) if record is not None else "" for gate in gates],
         )
-        outcome, place, wait_us, generation, now_us, text = reply[:6]
+        outcome, place, wait_us, _, now_us, text = reply[:6]
         gate = gates[place - 1] if place else None
         match outcome:
             case 1:
@@ -250,7 +256,7 @@ class ParkingLot:
             case 2:
                 return Refused(gate, wait_us / 1e6)
             case 3:
-                return Verdict(text.decode())
+                return Verdict(text.decode() if place else unquote(text.decode()))
             case -2:
                 return Stale()
             case _:
@@ -296,13 +302,14 @@ class ParkingLot:
             lost += [token for (_, token, _), known in zip(permits, held, strict=True) if not known]
         return list(dict.fromkeys(lost))
 
-    def crashed(self, id: str, retries: int) -> bool:
-        """Give back what an attempt held whose process has died. Whether it held anything."""
-        attempt = Attempt(id, retries)
-        found = self.running([attempt.token]).get(attempt.token)
-        if found is None:
-            return False
-        return self._end(id, attempt.token, found.nonce, found.gates, ["-"] * len(found.gates), crashed=True)
+    def crashed(self, token: str, found: Crashed) -> bool:
+        """Give back what an attempt held whose process has died. Whether it was still known to run there.
+
+        Arguments:
+            found: what ``running`` has told of it, with the process that has died: another delivery is left alone.
+        """
+        id = unquote(token.rpartition(".")[0])
+        return self._end(id, token, found.nonce, found.gates, ["-"] * len(found.gates), crashed=True)
 
     def claim(self, claim: str, state: str, id: str, *, ttl_ms: int, replace: bool) -> str:
         """Claim that a call is the only one that has been sent. The id of the one that has it, or the empty text.
@@ -418,7 +425,7 @@ class ParkingLot:
         line = ""
         while True:
             known = self.redis.coordination.execute_command("HGET", self.keys.waits, id)
-            token = known.split(b" ", 3)[2].decode() if known else ""
+            token = known.split(b" ", 3)[2].decode() if known else id
             state = line.removesuffix(keys.line("")) if line else ""
             woken, at = _WAKE(
                 self.redis.coordination,
@@ -434,6 +441,25 @@ class ParkingLot:
             if woken or not at or at in (b"-", line.encode()):
                 return bool(woken)
             line = at.decode()
+
+    def forget(self, id: str) -> bool:
+        """Know nothing more of a parked task: it was revoked where it came. Whether it was known."""
+        return _FORGET(
+            self.redis.coordination,
+            waits=self.keys.waits,
+            parked=self.keys.parked,
+            woken=self.keys.woken,
+            due=self.keys.due,
+            id=id,
+        )
+
+    def revoked(self, attempt: Attempt, gates: Sequence[GateCall]) -> None:
+        """Know nothing more of a task that was revoked where it came, and hand on what it was granted on its way."""
+        self.forget(attempt.id)
+        permits = [[gate.state, gate.second, gate.count] for gate in gates if gate.kind == "p"]
+        if permits:
+            told = ["-"] * len(permits)
+            self._end(attempt.id, attempt.token, "-", permits, told, crashed=False)  # unless it runs elsewhere
 
     # For those who look
 
@@ -461,7 +487,14 @@ class ParkingLot:
         return counts
 
     def _end(
-        self, id: str, token: str, nonce: str, permits: Sequence[Sequence[Any]], verdicts: Sequence[str], *, crashed: bool
+        self,
+        id: str,
+        token: str,
+        nonce: str,
+        permits: Sequence[Sequence[Any]],
+        verdicts: Sequence[str],
+        *,
+        crashed: bool,
     ) -> bool:
         states = [permit[0] for permit in permits]
         known = _END(
@@ -482,9 +515,29 @@ class ParkingLot:
             crashed=int(crashed),
             channel=self.keys.channel,
             capacities=[permit[2] for permit in permits],
-            verdicts=verdicts,
+            verdicts=[_word(verdict) for verdict in verdicts],
         )
         return bool(known)
+
+
+def namespaces_of(redis: Connections) -> list[str]:
+    """The namespaces in which any task is parked. Looks through all keys, a thousand at a time."""
+    client: Any = redis.coordination
+    cursor: Any = b"0"
+    found: set[str] = set()
+    while True:
+        cursor, names = client.execute_command("SCAN", cursor, "MATCH", keys.PARKED_MATCHING, "COUNT", 1_000)
+        found |= {keys.parked_namespace(name.decode()) for name in names}
+        if cursor in (b"0", 0, "0"):
+            return sorted(found)
+
+
+_WORD = str.maketrans({letter: f"%{ord(letter):02X}" for letter in " \t\n\v\f\r%"})
+
+
+def _word(text: str) -> str:
+    """Text without spaces, for it stands among other words; an id may be any text. ``unquote`` reads it."""
+    return text.translate(_WORD)
 
 
 def _label(attempt: Attempt) -> str:

@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 from celery import Task
@@ -21,6 +21,7 @@ from . import parked_messages
 from .admitted import Admitted
 from .errors import DuplicateTask, RateLimited, TaskRefused, TooManyParked
 from .gates import GateCall
+from .guarded import is_guarded
 from .parking import (
     Admission,
     Attempt,
@@ -39,8 +40,21 @@ _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.05
 _LATER_S = 5.0
 _MOST_TRIES = 5
 
-guarded: set[str] = set()
-"""The namespaces whose leases the main process of this worker renews."""
+_refused_lately: set[str] = set()
+"""Names of tasks of which the last call that was asked for here was refused."""
+
+
+class StandIn(Protocol):
+    """What decides about calls instead of their gates; see ``petiole.testing``."""
+
+    asks_redis: bool
+
+    def __call__(self, passage: "Passage") -> Any:
+        """The result of a call."""
+
+
+stand_in: StandIn | None = None
+"""Of all threads of this process, while a test has one."""
 
 
 class TaskParked(Ignore):  # type: ignore[misc]  # which Celery does not type
@@ -67,30 +81,43 @@ class Passage:
     """The result of the call that a verdict names, or ``MISS``."""
     verdict_of: Callable[[Any], str]
     """What those are told that wait to end with this result."""
-    on_admitted: Callable[[Admitted], None]
+    alone: bool = False
+    """Whether the gate is only there so that others need not do the same: without Redis it is open."""
 
     def go(self) -> Any:
         """The result of the call."""
+        return self.pass_gates() if stand_in is None else stand_in(self)
+
+    def pass_gates(self) -> Any:
+        """The result of the call, by what its gates say."""
         request = self.task.request
         if request.called_directly or request.is_eager:
             return self._wait_here()
-        return self._delivered()
+        if is_guarded(self.lot.keys.namespace):
+            return self._delivered()
+        try:  # nobody in this worker would wake it: the task was declared after the worker had started
+            return self._wait_here()
+        except UNAVAILABLE as error:
+            return self._without_redis(error)
+        except TaskRefused as error:
+            raise self._later(error, random.uniform(_LATER_S, 2 * _LATER_S)) from error
 
     # In a worker
 
     def _delivered(self) -> Any:
         request = self.task.request
-        attempt = Attempt(
-            request.id, request.retries or 0, parked_messages.generation_of(request), self.task.name
-        )
+        attempt = Attempt(request.id, request.retries or 0, parked_messages.generation_of(request), self.task.name)
         gates = list(self.gates)
         for _ in range(_MOST_TRIES):
             try:
                 outcome = self._admit(attempt, gates)
             except UNAVAILABLE as error:
-                raise self._later(error, random.uniform(_LATER_S, 2 * _LATER_S)) from error
+                return self._without_redis(error)
+            if isinstance(outcome, Stale) and attempt.generation and self._delivered_again():
+                attempt = attempt._replace(generation=0)
+                continue
             if not isinstance(outcome, Verdict):
-                return self._act_on(outcome, attempt)
+                return self._act_on(outcome)
             if outcome.text == "d":
                 self.counters.add("dropped")
                 return None
@@ -103,7 +130,27 @@ class Passage:
             gates = [gate for gate in gates if gate.kind != "c" or gate.policy != "j"]
         raise TaskRefused(self.task.name, "a verdict that changes", 0.0)
 
+    def _delivered_again(self) -> bool:
+        """Whether the broker delivers it again because nobody has said that it has ended: its first worker died."""
+        return bool(self.task.acks_late and (self.task.request.delivery_info or {}).get("redelivered"))
+
     def _admit(self, attempt: Attempt, gates: Sequence[GateCall]) -> Admission:
+        """Ask, and have it parked if it is refused.
+
+        To write a call down takes longer than to ask: where calls of this task were admitted lately, it is asked first.
+        """
+        if self.task.name not in _refused_lately:
+            outcome = self.lot.admit(attempt, gates, record=None, lease_ms=self.lease_ms)
+            if not isinstance(outcome, Refused):
+                return outcome
+        outcome = self._admit_or_park(attempt, gates)
+        if isinstance(outcome, Running):
+            _refused_lately.discard(self.task.name)
+        else:
+            _refused_lately.add(self.task.name)
+        return outcome
+
+    def _admit_or_park(self, attempt: Attempt, gates: Sequence[GateCall]) -> Admission:
         try:
             record: bytes | None = parked_messages.record_of(self.task, self.arguments, self.keywords)
         except (TypeError, ValueError) as error:
@@ -119,7 +166,7 @@ class Passage:
             expires_us=parked_messages.expires_in_us(self.task.request),
         )
 
-    def _act_on(self, outcome: Admission, attempt: Attempt) -> Any:
+    def _act_on(self, outcome: Admission) -> Any:
         match outcome:
             case Running():
                 return self._run(outcome)
@@ -139,13 +186,19 @@ class Passage:
             case _:
                 raise TypeError(f"{outcome!r} is no answer to a delivery")
 
+    def _without_redis(self, error: BaseException) -> Any:
+        if self.alone:
+            return self.body()
+        raise self._later(error, random.uniform(_LATER_S, 2 * _LATER_S)) from error
+
     def _later(self, error: BaseException, countdown: float) -> Retry:
         """Have the broker deliver it again, without using up a retry: it cannot be parked."""
         request = self.task.request
         signature = self.task.signature_from_request(
             request, self.arguments, self.keywords, countdown=countdown, retries=request.retries
         )
-        signature.apply_async()
+        serializer = parked_messages.serializer_of(self.task, self.arguments, self.keywords)
+        signature.apply_async(**({} if serializer is None else {"serializer": serializer}))
         self.counters.add("postponed")
         return Retry(f"its gates cannot be asked ({type(error).__name__})", exc=None, when=countdown, sig=signature)
 
@@ -153,14 +206,15 @@ class Passage:
 
     def _wait_here(self) -> Any:
         request, began = self.task.request, time.monotonic()
-        attempt = Attempt(request.id or uuid4().hex, request.retries or 0, 0, self.task.name)
+        generation = 0 if request.called_directly else parked_messages.generation_of(request)
+        attempt = Attempt(request.id or uuid4().hex, request.retries or 0, generation, self.task.name)
         gates = [gate for gate in self.gates if gate.kind not in "cd"]  # who waits for the result has not paused
         while True:
             outcome = self.lot.admit(attempt, gates, record=None, lease_ms=self.lease_ms)
             if isinstance(outcome, Running):
                 return self._run(outcome)
             if not isinstance(outcome, Refused):
-                return self._act_on(outcome, attempt)
+                return self._act_on(outcome)
             if outcome.by is not None and outcome.by.most == 0:
                 self.counters.add("dropped" if outcome.by.policy == "n" else "rejected")
                 if outcome.by.policy == "n":
@@ -180,11 +234,11 @@ class Passage:
             if running.wait_s > 0:
                 time.sleep(running.wait_s)
             delivered = not (self.task.request.called_directly or self.task.request.is_eager)
-            if not delivered or self.lot.keys.namespace not in guarded:
+            if not delivered or not is_guarded(self.lot.keys.namespace):
                 admitted.keep()
+            parked_messages.forget_generation(self.task.request)
             self.task.request.admission = admitted
-            self.on_admitted(admitted)
-            value = self.body()
+            value = admitted.run(self.body)
             verdict = self.verdict_of(value)
         except RateLimited as limited:
             paused = self._pause(admitted, limited)
@@ -215,6 +269,6 @@ class Passage:
         if paused:
             outcome = self._admit(attempt, [gate for gate in self.gates if gate.kind not in "cd"])
             if not isinstance(outcome, Running):
-                return self._act_on(outcome, attempt)
+                return self._act_on(outcome)
             Admitted(self.lot, outcome).end()
         raise self._later(limited, limited.after_ms / 1_000)

@@ -70,6 +70,26 @@ def force_release(url: str | None, kind: Any, name: str) -> None:
     click.echo(f"{name}: taken from {cleared} that held it" if cleared else f"{name}: nobody held it")
 
 
+@petiole.command()
+@_URL
+@click.option("--most", default=100, show_default=True, type=click.IntRange(1, 10_000), help="How many to list.")
+@click.argument("namespace", required=False)
+def parked(url: str | None, most: int, namespace: str | None) -> None:
+    """List the tasks that wait for their gates: how many at each, and which; of an app's NAMESPACE (its main name)."""
+    from ..coordination.parking import ParkingLot, namespaces_of
+
+    with _connected(url) as redis:
+        for found in [namespace] if namespace else namespaces_of(redis):
+            lot = ParkingLot(redis, found)
+            counts = lot.counts()
+            click.echo(f"{found}: {counts.pop('parked')} parked")
+            for gate, count in sorted(counts.items(), key=lambda pair: -pair[1]):
+                click.echo(f"  {count:6} at {gate}")
+            for waiting in lot.waiting(most):
+                where = "is on its way to a worker" if waiting.woken else f"waits in {waiting.line}"
+                click.echo(f"  {waiting.id}: {waiting.task}, retry {waiting.retries}, {where}")
+
+
 @contextmanager
 def _connected(url: str | None) -> Iterator["Connections"]:
     """A server that may be away: then the program ends with a line that says so."""

@@ -4,13 +4,14 @@ from typing import Any
 
 from celery import bootsteps
 
-from ..coordination import passing
 from ..coordination.coordinated_task import CoordinatedTask
+from ..coordination.guarded import guard_namespaces
 from ..coordination.parking import ParkingLot
+from .guard import Guard
 from .pump import Pump
 
 
-class CoordinationStep(bootsteps.StartStopStep):  # type: ignore[misc]  # which Celery does not type
+class CoordinationStep(bootsteps.StartStopStep):  # which Celery does not type
     """A step of the worker. Loaded by name, by apps that have coordinated tasks."""
 
     requires = ("celery.worker.components:Pool",)
@@ -19,26 +20,53 @@ class CoordinationStep(bootsteps.StartStopStep):  # type: ignore[misc]  # which 
         super().__init__(worker, **options)
         self._lots = _lots_of(worker.app)
         self._pumps: list[Pump] = []
-        for lot in self._lots:
-            passing.guarded.add(lot.keys.namespace)  # before the pool forks
+        self._guard: Guard | None = None
+        guard_namespaces(lot.keys.namespace for lot in self._lots)  # before the pool forks
 
     def start(self, worker: Any) -> None:
         """Once the pool has been started, so that no child inherits a thread's half of something."""
+        if not self._lots:
+            return
+        self._guard = Guard(worker.app, self._lots, processes=_has_processes(worker.pool))
+        self._guard.start()
+        _when_stopped(worker, self._guard)
         self._pumps = [Pump(worker.app, lot) for lot in self._lots]
         for pump in self._pumps:
             pump.start()
 
-    def stop(self, worker: Any) -> None:
-        """Let another worker go on."""
+    def stop(self, _worker: Any) -> None:
+        """Let another worker go on. The pool still runs: the guard goes on until it has ended."""
         for pump in self._pumps:
             pump.stop()
         self._pumps = []
 
-    def info(self, worker: Any) -> dict[str, Any]:
+    terminate = stop
+
+    def info(self, _worker: Any) -> dict[str, Any]:
         """For ``inspect stats``, and Flower's page of the worker."""
-        return {"petiole": {"parking": [repr(pump) for pump in self._pumps]}}
+        if self._guard is None:
+            return {}
+        return {"petiole": {"parking": [repr(pump) for pump in self._pumps], "guard": repr(self._guard)}}
 
 
 def _lots_of(app: Any) -> list[ParkingLot]:
     tasks = [task for task in app.tasks.values() if isinstance(task, CoordinatedTask) and task.is_coordinated]
     return list(dict.fromkeys(task.lot for task in tasks))
+
+
+def _has_processes(pool: Any) -> bool:
+    return any(base.__module__ == "celery.concurrency.prefork" for base in type(pool).__mro__)
+
+
+def _when_stopped(worker: Any, guard: Guard) -> None:
+    """Stop the guard when all steps have been, and so the pool."""
+    stopped = worker.blueprint.on_stopped
+
+    def on_stopped() -> None:
+        try:
+            guard.stop()
+        finally:
+            if stopped is not None:
+                stopped()
+
+    worker.blueprint.on_stopped = on_stopped

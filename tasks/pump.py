@@ -22,7 +22,7 @@ from ..coordination.acquiring import Acquirable
 from ..coordination.errors import LockError, LockTimeout
 from ..coordination.gates import Served
 from ..coordination.hold import Hold, Terms
-from ..coordination.parking import ParkingLot, Woken
+from ..coordination.parking import Due, ParkingLot, Woken
 from ..coordination.turn_store import TurnStore
 
 logger = logging.getLogger(__name__)
@@ -96,12 +96,7 @@ class Pump:
             for line, definition in self._lot.lines():
                 self._serve(line, definition)  # whoever led before may have missed what was given back
             while not self._stopping.is_set() and hold.held:
-                due = self._lot.next()
-                for line, definition in due.lines:
-                    self._serve(line, definition)
-                for id in due.tasks:
-                    self._lot.wake(id, "=")
-                self._send(due.woken)
+                due = self._do_what_is_due()
                 self._look_for_revoked()
                 if due.lines or due.tasks or due.woken:
                     continue
@@ -111,6 +106,26 @@ class Pump:
                     self._serve_granted(granted)
         finally:
             listener.close()
+
+    def once(self) -> int:
+        """Send what may run now, in this thread, whoever leads; return how many were sent. For tests."""
+        before, sent = self.sent, -1
+        for line, definition in self._lot.lines():
+            self._serve(line, definition)
+        due = None
+        while due is None or due.lines or due.tasks or self.sent > sent:
+            sent = self.sent
+            due = self._do_what_is_due()
+        return self.sent - before
+
+    def _do_what_is_due(self) -> Due:
+        due = self._lot.next()
+        for line, definition in due.lines:
+            self._serve(line, definition)
+        for id in due.tasks:
+            self._lot.wake(id, "=")
+        self._send(due.woken)
+        return due
 
     def _serve_granted(self, line: str) -> None:
         """Something that the first of a line waits for was handed to it."""
@@ -139,7 +154,7 @@ class Pump:
                     except (KeyError, TypeError, ValueError) as error:
                         logger.error("task %s cannot be sent, and stays parked: %s", one.id, error)
                     noted.append(one)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # each transport has errors of its own
             logger.warning("the broker did not take %d parked tasks: %s", len(woken) - len(noted), error)
             self._stopping.wait(_PAUSE_S)
         finally:

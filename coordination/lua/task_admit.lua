@@ -35,6 +35,27 @@ local function number(column, i)
     return tonumber(given(column, i))
 end
 
+-- What it was handed, and does not need: it ends.
+local function give_back()
+    for i = 1, count do
+        if given(0, i) == "p" then
+            local state = KEYS[6 + i]
+            local queue = KEYS[6 + count + i]
+            local line = KEYS[6 + 2 * count + i]
+            local turn = turn_open(state, queue, now, given(2, i), token)
+            if turn.held then
+                turn_end(state, turn)
+                turn_settle(state, queue, turn)
+                turn_close(state, queue, turn)
+                if redis.call("ZCARD", line) > 0 then
+                    redis.call("ZADD", due, turn_text(now), line)
+                    redis.call("PUBLISH", channel, "due")
+                end
+            end
+        end
+    end
+end
+
 local entry = park_look(waits, id)
 local came_back = generation > 0
 local answer
@@ -42,6 +63,7 @@ if came_back and not (entry and entry.token == token and entry.generation == gen
     return { -2, 0, 0, 0, now, "" }
 elseif came_back and entry.verdict ~= "-" then
     park_forget(waits, parked, woken, due, id)
+    give_back()
     return { 3, 0, 0, 0, now, entry.verdict }
 elseif not came_back and entry and entry.token == token then
     return { -2, 0, 0, 0, now, "" }
@@ -54,6 +76,7 @@ local function note(line, amount, fair)
     })
     redis.call("HSET", parked, id, ARGV[8])
     redis.call("ZREM", woken, id)
+    redis.call("ZREM", due, "=" .. id) -- when it was to be sent again
     if ARGV[12] ~= "0" then
         redis.call("ZADD", due, rate_text(now + ARGV[12]), "=" .. id)
     end
@@ -94,6 +117,7 @@ for i = 1, count do -- claims come first, before anything is changed
         if claimed and claimed ~= id then
             if entry then
                 park_forget(waits, parked, woken, due, id)
+                give_back()
             end
             if given(7, i) == "j" then
                 return { 3, i, 0, 0, now, "j" .. claimed }
@@ -191,8 +215,13 @@ else
                     held_state, turn, "h" .. token, "1 " .. lease_ms .. " " .. fence .. " " .. ends .. " " .. rest_of_hold
                 )
             elseif turn and turn.held then
+                local held_line = KEYS[6 + 2 * count + i]
                 turn_end(held_state, turn)
                 turn_settle(held_state, held_queue, turn)
+                if redis.call("ZCARD", held_line) > 0 then
+                    redis.call("ZADD", due, turn_text(now), held_line)
+                    redis.call("PUBLISH", channel, "due")
+                end
             end
         end
         park_join(line, order, id, given(8, refusing), came_back)

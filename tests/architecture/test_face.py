@@ -11,10 +11,12 @@ import pytest
 import petiole
 
 FACE = {
-    "Allowed", "Barrier", "Busy", "Cache", "Codec", "Connections", "Debounce", "Hold", "Leader", "Limited", "Loaded",
-    "Lock", "MISS", "MultiLock", "Near", "Pickle", "RateLimit", "RateLimiter", "ReadWriteLock", "Redlock", "Reserved",
-    "Semaphore", "Settings", "SignalBridge", "SingleFlight", "SqlSink", "Throttle", "WriteBehind", "cached",
-    "connect", "invalidate_on_commit", "memoized_task", "refreshed_in_worker", "warmed",
+    "Allowed", "Barrier", "Busy", "Cache", "Codec", "Concurrency", "Connections", "CoordinatedTask", "Debounce",
+    "DuplicateTask", "Hold", "Leader", "Limited", "Loaded", "Lock", "MISS", "MemoizedTask", "MultiLock", "Near", "Pause",
+    "Pickle", "Rate", "RateLimit", "RateLimited", "RateLimiter", "ReadWriteLock", "Redlock", "Reserved", "Semaphore",
+    "Settings", "SignalBridge", "SingleFlight", "SqlSink", "Throttle", "TooManyParked", "Unique", "WriteBehind", "cached",
+    "connect", "coordinated_task", "global_rate_limit", "invalidate_on_commit", "memoized_task", "refreshed_in_worker",
+    "warmed",
 }  # fmt: skip
 
 # Reports what a piece of code has imported and started, and whether a socket was made.

@@ -3,7 +3,7 @@
 import ast
 import hashlib
 import re
-from itertools import zip_longest
+from itertools import dropwhile, zip_longest
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 WITHOUT_KEY = {"TIME", "INFO"}
 FORBIDDEN = {"KEYS", "SCAN", "FLUSHDB", "FLUSHALL", "CONFIG", "EVAL", "RANDOMKEY", "SELECT"}
 CHANNELS = {"PUBLISH", "PUBSUB"}  # what they name is no key
-KEY_PARAMETERS = {"key", "tag", "state", "queue"}
+KEY_PARAMETERS = {"key", "tag", "state", "queue", "waits", "parked", "woken", "due", "line", "order"}
 """What a parameter of a shared function is called that takes a key."""
 
 
@@ -29,10 +29,10 @@ def script(path):
 
 
 def header_of(path):
-    """The comments before the first line of code, without the line that names what is shared."""
+    """The comments before the first line of code, without the lines at their begin that name what is shared."""
     lines = path.read_text("utf-8").splitlines()
     header = lines[: next(i for i, line in enumerate(lines) if not line.startswith("--"))]
-    return header[1:] if header[0].startswith("-- USES: ") else header
+    return list(dropwhile(lambda line: line.startswith("-- USES: "), header))
 
 
 def shared_by(path):
@@ -75,10 +75,12 @@ def test_a_script_opens_with_its_contract(path):
 
 @every(FILES)
 def test_a_header_explains_what_it_names(path):
-    """A word before a colon is a name of KEYS or ARGV, so that an explanation does not outlive its argument."""
-    explained = set(re.findall(r"^-- (\w+): ", "\n".join(header_of(path)), re.MULTILINE)) - {"KEYS", "ARGV", "RETURNS"}
+    """A word before a colon is a name of KEYS, ARGV or RETURNS: an explanation does not outlive its argument."""
+    header = "\n".join(header_of(path))
+    explained = set(re.findall(r"^-- (\w+): ", header, re.MULTILINE)) - {"KEYS", "ARGV", "RETURNS"}
+    returned = set(re.findall(r"[{,] ?(\w+)", "".join(re.findall(r"^-- RETURNS: (\{.*)$", header, re.MULTILINE))))
 
-    assert explained <= {name for name, _ in (*script(path).keys, *script(path).arguments)}
+    assert explained <= {name for name, _ in (*script(path).keys, *script(path).arguments)} | returned
 
 
 @every(SHARED)
@@ -173,6 +175,7 @@ def test_a_script_touches_only_the_keys_that_it_is_given(path):
         'for i, tag in ipairs(ARGV) do\nredis.call("GET", tag)',
         "version_of(ARGV[1], sequence, chance, ttl_ms)",
         "local made = sequence_of(name, ttl_ms)",
+        "local entry = park_look(ARGV[1], id)",
     ],
 )
 def test_the_test_before_sees_what_it_looks_for(text):
@@ -194,8 +197,8 @@ def test_a_script_reads_no_more_than_its_header_names(path):
         if single == len(names):
             assert used == set(range(1, len(names) + 1))
         assert used <= set(range(1, len(names) + 1))
-        if which == "ARGV":  # what comes after the single ones is counted from there
-            assert {int(first) for first in re.findall(r"ARGV\[(\d+) \+", text)} <= {single}
+        if which == "ARGV" or "(#KEYS - " in text:  # what comes after the single ones is counted from there
+            assert {int(first) for first in re.findall(rf"{which}\[(\d+) \+", text)} <= {single}
 
 
 @every(FILES)
@@ -205,7 +208,11 @@ def test_what_is_counted_is_named(path):
     counted = [name.removesuffix("_count") + "s" for name, _ in script(path).arguments if name.endswith("_count")]
 
     assert set(counted) <= many
-    equally_long = "#KEYS / 2" in path.read_text("utf-8")
+    divided = re.search(r"(?:#KEYS|\(#KEYS - (\d+)\)) / (\d+)", path.read_text("utf-8"))
+    equally_long = divided and (int(divided[1] or 0), int(divided[2])) == (
+        len(script(path).keys) - len(many),
+        len(many),
+    )
     assert len(many) < 2 or counted or equally_long, "where does one end and the other begin?"
 
 
@@ -304,6 +311,15 @@ def test_sequences_that_go_together_are_equally_long():
     with pytest.raises(ValueError, match="d, e must be equally long"):
         Script("does", TEXT, int)(client, a="x", b=[], c=1, d=[1], e=[])
     assert client.sent == []
+
+
+def test_a_list_of_names_goes_on_after_a_comma():
+    """And ends where a line ends without one, whatever comes then."""
+    text = "-- Does.\n--\n-- KEYS: a,\n-- b...\n-- ARGV: c,\n-- d...,\n-- e...\n-- RETURNS: f, g\n-- h\nreturn 1\n"
+    does = Script("does", text, int)
+
+    assert does.keys == (("a", False), ("b", True))
+    assert does.arguments == (("c", False), ("d", True), ("e", True))
 
 
 @pytest.mark.parametrize("text", ["return 1", "-- KEYS: a\nreturn 1", "-- ARGV: a\nreturn 1"])

@@ -1,0 +1,13 @@
+-- USES: _parking
+-- Know nothing more of a parked task. Its line finds that out by itself.
+--
+-- KEYS: waits, parked, woken, due
+-- ARGV: id
+-- RETURNS: 1 if it was known, else 0
+--
+-- One script, because what is written of it in four places must go together.
+
+local waits, parked, woken, due = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local known = park_look(waits, ARGV[1])
+park_forget(waits, parked, woken, due, ARGV[1])
+return known and 1 or 0
