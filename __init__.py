@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         TooManyParked,
         Unique,
     )
-    from .coordination.coordinated_task import CoordinatedTask, coordinated_task
+    from .coordination.coordinated import CoordinatedTask, coordinated_task
     from .coordination.memoize import MemoizedTask, memoized_task
     from .coordination.signals import SignalBridge
     from .tasks.global_rate_limit import global_rate_limit

@@ -23,7 +23,7 @@ from .single_flight import SingleFlight
 from .throttle import Throttle
 
 if TYPE_CHECKING:
-    from .coordinated_task import CoordinatedTask, coordinated_task
+    from .coordinated import CoordinatedTask, coordinated_task
     from .memoize import MemoizedTask, memoized_task
     from .signals import SignalBridge
 
@@ -62,8 +62,8 @@ __all__ = [
 ]
 
 _LATER = {
-    "CoordinatedTask": ".coordinated_task",
-    "coordinated_task": ".coordinated_task",
+    "CoordinatedTask": ".coordinated",
+    "coordinated_task": ".coordinated",
     "MemoizedTask": ".memoize",
     "memoized_task": ".memoize",
     "SignalBridge": ".signals",

@@ -15,7 +15,7 @@ from celery.result import AsyncResult
 from ..cachelib import MISS, Cache
 from ..cachelib.durations import Duration
 from . import memo_refresh, parked_messages, passing
-from .coordinated_task import WORKER_STEP, CoordinatedTask, lot_of
+from .coordinated import WORKER_STEP, CoordinatedTask, lot_of
 from .gates import memo_gate
 from .guarded import is_guarded
 from .memo_keys import Call, MemoKeys

@@ -19,6 +19,7 @@ from .parking import LARGEST_RECORD_BYTES, Woken
 
 _to_json: Callable[[Any], str] = kombu_json.dumps  # which are not typed
 _from_json: Callable[[bytes], Any] = kombu_json.loads
+_serializers: Any = registry
 
 HEADER = "petiole"
 """The message header of ours: a mapping. ``generation``: of the parking that the message was sent from, and ``of``
@@ -79,11 +80,11 @@ def record_of(task: Task, arguments: Any, keywords: Any) -> bytes:
 def serializer_of(task: Task, arguments: Any, keywords: Any) -> str | None:
     """One that carries the arguments of a delivery, which does not say how it was written; None: the default."""
     sent = [list(arguments), dict(keywords)]
-    accepted = [registry.type_to_name.get(name, name) for name in task.app.conf.accept_content]
+    accepted = [_serializers.type_to_name.get(name, name) for name in task.app.conf.accept_content]
     for name in dict.fromkeys([task.serializer or task.app.conf.task_serializer, *accepted]):
         try:
-            content_type, encoding, data = registry.dumps(sent, name)
-            if _same(sent, registry.loads(data, content_type, encoding, accept=[content_type])):
+            content_type, encoding, data = _serializers.dumps(sent, name)
+            if _same(sent, _serializers.loads(data, content_type, encoding, accept=[content_type])):
                 return str(name)
         except (SerializerNotInstalled, EncodeError, DecodeError):
             continue

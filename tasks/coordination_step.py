@@ -4,7 +4,7 @@ from typing import Any
 
 from celery import bootsteps
 
-from ..coordination.coordinated_task import CoordinatedTask
+from ..coordination.coordinated import CoordinatedTask
 from ..coordination.guarded import guard_namespaces
 from ..coordination.parking import ParkingLot
 from .guard import Guard

@@ -25,7 +25,7 @@ from celery.utils.imports import symbol_by_name
 from celery.worker import state as worker_state
 
 from ..cachelib.circuit import UNAVAILABLE
-from ..coordination.coordinated_task import CoordinatedTask
+from ..coordination.coordinated import CoordinatedTask
 from ..coordination.hold import lease_of
 from ..coordination.parking import Attempt, Crashed, ParkingLot
 

@@ -18,7 +18,7 @@ from celery.worker.request import Request
 from petiole import Cache, Connections, Lock, RateLimit, RateLimiter, Semaphore, Settings, Unique, connect
 from petiole.coordination import DuplicateTask
 from petiole.coordination import Pause as Pausing
-from petiole.coordination.coordinated_task import coordinated_task
+from petiole.coordination.coordinated import coordinated_task
 from petiole.testing import Waiting, clear, closed_gates, moving_clock, open_gates, parked, pump
 
 PATIENCE_S = 20.0

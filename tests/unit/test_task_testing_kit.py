@@ -14,7 +14,7 @@ from petiole import MISS, Cache, RateLimit, Settings, connect, memoized_task
 from petiole.cachelib import Connections
 from petiole.cachelib.scripts import HOLE, Script, rewrite
 from petiole.coordination import DuplicateTask, Rate, RateLimited, Unique, passing
-from petiole.coordination.coordinated_task import coordinated_task
+from petiole.coordination.coordinated import coordinated_task
 from petiole.coordination.errors import TaskRefused
 from petiole.testing import Recorder, closed_gates, moving_clock, no_memo, open_gates
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from redis import Redis
 
 from petiole import RateLimit, Settings, connect
-from petiole.coordination.coordinated_task import CoordinatedTask, coordinated_task
+from petiole.coordination.coordinated import CoordinatedTask, coordinated_task
 from petiole.coordination.errors import RateLimited
 from petiole.coordination.gates import Concurrency, Pause, Rate, Unique
 
@@ -68,7 +68,7 @@ def make_app(url: str) -> Celery:
         task_routes={"routed": {"queue": OTHER_QUEUE}},
         task_annotations={"annotated": {"gate_lock": "canvas:annotated:{tag}"}},
     )
-    notes = Redis.from_url(url, protocol=2, decode_responses=True)
+    notes = Redis.from_url(url, protocol=2, decode_responses=True, socket_timeout=2 * PATIENCE_S)
     redis = connect(settings=Settings(url=url, cache_timeout=2))
     app.notes, app.redis = notes, redis
     app.note = notes.rpush
@@ -246,14 +246,14 @@ def make_app(url: str) -> Celery:
         self.admission.settle(actual)
         return number
 
-    @gated("dying", lock="canvas:{tag}", acks_late=True, reject_on_worker_lost=True)
+    @gated("dying", lock="canvas:{tag}", lease=2, acks_late=True, reject_on_worker_lost=True)
     def dying(number: int, tag: str) -> int:
         if notes.incr(f"died:{tag}") == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return begin(tag) * number
 
-    @gated("dying_retried", bind=True, lock="canvas:{tag}", retry_on_worker_lost=True, acks_late=True,
-           max_retries=2, default_retry_delay=0)  # fmt: skip
+    @gated("dying_retried", bind=True, lock="canvas:{tag}", lease=2, retry_on_worker_lost=True,
+           acks_late=True, max_retries=2, default_retry_delay=0)  # fmt: skip
     def dying_retried(self: Task, number: int, tag: str) -> int:
         if not self.request.retries:
             os.kill(os.getpid(), signal.SIGKILL)

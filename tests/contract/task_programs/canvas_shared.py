@@ -1,6 +1,6 @@
 """A shared task: every app of a process that imports this has it, so only workers do. Its Redis is the environment's."""
 
-from petiole.coordination.coordinated_task import coordinated_task
+from petiole.coordination.coordinated import coordinated_task
 
 
 @coordinated_task(lock="canvas:{tag}", name="shared")

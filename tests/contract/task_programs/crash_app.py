@@ -14,7 +14,7 @@ from celery import Celery
 from redis import Redis
 
 from petiole import Settings, connect
-from petiole.coordination.coordinated_task import coordinated_task
+from petiole.coordination.coordinated import coordinated_task
 from petiole.coordination.errors import LockLost, StaleFence
 from petiole.coordination.fencing import FencedStore
 from petiole.coordination.gates import Concurrency, Unique
@@ -78,7 +78,7 @@ def make_app(url: str, gates_url: str, **settings: Any) -> Celery:
     staying("retried", acks_late=True, retry_on_worker_lost=True, default_retry_delay=0)
     staying("limited", time_limit=1)
     staying("several", lock=["{tag}", "{tag}:other"], concurrency=Concurrency(1, "{tag}"))
-    staying("short", lease=1)
+    staying("short", lease=1.5)
     staying("short_late", lease=2, acks_late=True)
 
     def hold_the_interpreter(self: Any, tag: str, who: str) -> bool:
@@ -120,7 +120,7 @@ def make_app(url: str, gates_url: str, **settings: Any) -> Celery:
         return answer
 
     for function, options in (
-        (hold_the_interpreter, {"lease": 1}),
+        (hold_the_interpreter, {"lease": 1.5}),
         (be_stopped, {"lease": 0.6, "on_lost": "terminate"}),
         (look, {"lease": 0.6}),
         (write, {"lease": 2}),
