@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .coordination.coordinated import CoordinatedTask, coordinated_task
     from .coordination.memoize import MemoizedTask, memoized_task
     from .coordination.signals import SignalBridge
-    from .tasks.global_rate_limit import global_rate_limit
+    from .tasks.cluster_rate_limit import global_rate_limit
     from .tasks.invalidation import invalidate_on_commit
     from .tasks.refreshing import refreshed_in_worker
     from .tasks.warming import warmed
@@ -143,7 +143,7 @@ _HOME = {
     "TooManyParked": ".coordination",
     "Unique": ".coordination",
     "coordinated_task": ".coordination",
-    "global_rate_limit": ".tasks.global_rate_limit",
+    "global_rate_limit": ".tasks.cluster_rate_limit",
     "memoized_task": ".coordination",
 }
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from celery import Celery
 
-    from .global_rate_limit import global_rate_limit
+    from .cluster_rate_limit import global_rate_limit
     from .invalidation import CommitInvalidation, invalidate_on_commit
     from .warming import WarmedFunction, warmed
     from .write_behind import WriteBehind, WriteBehindStats
@@ -34,7 +34,7 @@ _LATER = {
     "WriteBehind": ".write_behind",
     "WriteBehindStats": ".write_behind",
     "app": ".app",
-    "global_rate_limit": ".global_rate_limit",
+    "global_rate_limit": ".cluster_rate_limit",
     "invalidate_on_commit": ".invalidation",
     "warmed": ".warming",
 }

@@ -15,7 +15,7 @@ from redis import Redis
 
 from petiole import RateLimit
 from petiole.cachelib import EmbeddedServer
-from petiole.tasks.global_rate_limit import GlobalRateLimit, global_rate_limit
+from petiole.tasks.cluster_rate_limit import GlobalRateLimit, global_rate_limit
 from tests.contract.rate_programs.crew import POOLS, Crew
 
 SHORT_VISIBILITY = {"visibility_timeout": 5, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
