@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 # Set up anew when a dependency or the list of the package's files changes: the editable install links files.
-PACKAGE := $(shell find __init__.py celeryconfig.py py.typed cachelib coordination tasks -name '*.py' -o -name '*.lua' -o -name 'py.typed' 2>/dev/null | sort)
+PACKAGE := $(shell find __init__.py celeryconfig.py testing.py py.typed cachelib coordination tasks -name '*.py' -o -name '*.lua' -o -name 'py.typed' 2>/dev/null | sort)
 STAMP   := $(VENV)/ready-$(shell { echo $(PACKAGE); cat pyproject.toml; } | cksum | cut -d' ' -f1)
 
 # The libraries that we are measured beside are only installed for that.

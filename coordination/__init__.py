@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .barrier import Barrier
 from .debounce import Debounce
-from .errors import DuplicateTask, RateLimited, TooManyParked
+from .errors import DuplicateTask, RateLimited, TaskRefused, TooManyParked
 from .gates import Concurrency, Pause, Rate, Unique
 from .hold import Busy, Hold
 from .leader import Leader
@@ -54,6 +54,7 @@ __all__ = [
     "Semaphore",
     "SignalBridge",
     "SingleFlight",
+    "TaskRefused",
     "Throttle",
     "TooManyParked",
     "Unique",

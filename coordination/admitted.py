@@ -144,10 +144,10 @@ class Admitted:
             for state in locks:
                 frames.pop(state, None)
 
-    def end(self, verdict: str = "-") -> bool:
+    def end(self, verdict: str = "-", *, known_ms: int = 0) -> bool:
         """Give all back. Whether it was held until now. When Redis does not answer, it is given back when it does."""
         try:
-            known = self._lot.end(self._running, verdict=verdict)
+            known = self._lot.end(self._running, verdict=verdict, known_ms=known_ms)
         except (*UNAVAILABLE, RuntimeError):
             self.keep()
             for hold in self._holds.values():

@@ -112,16 +112,7 @@ class CoordinatedTask(Task):
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         if not self.gates:
             return super().__call__(*arguments, **keywords)
-        body = self._body_of(arguments, keywords)
-        delivered = self.request_stack.top
-        if delivered is not None and getattr(delivered, "admission", None) is None:
-            return self._pass_gates(arguments, keywords, body)
-        # A direct call, maybe of a body by itself. Its request is its own: what it holds is not for other threads.
-        self.push_request(args=arguments, kwargs=keywords)
-        try:
-            return self._pass_gates(arguments, keywords, body)
-        finally:
-            self.pop_request()
+        return self._pass_gates(arguments, keywords, self._body_of(arguments, keywords))
 
     def apply_async(
         self,
@@ -163,6 +154,14 @@ class CoordinatedTask(Task):
                 self.unclaim(chosen, args or (), kwargs or {})
             raise
 
+    def on_replace(self, sig: Any) -> Any:
+        """Give back what is held before the other one comes: it has the same id, and may want the same."""
+        admitted = getattr(self.request, "admission", None)
+        if isinstance(admitted, Admitted):
+            admitted.end()
+            self.request.admission = None
+        return super().on_replace(sig)
+
     def unclaim(self, id: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None:
         """Nobody need wait any more for a call that was to be the only one: it was revoked, or could not be sent."""
         try:
@@ -184,7 +183,10 @@ class CoordinatedTask(Task):
 
     @property
     def _counters(self) -> Counters:
-        return cast("Counters", self.__dict__.setdefault("_coordination_counters", Counters()))
+        found = self.__dict__.get("_coordination_counters")
+        if found is None:
+            found = self.__dict__.setdefault("_coordination_counters", Counters())
+        return cast("Counters", found)
 
     def _body_of(self, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Callable[[], Any]:
         return lambda: self.run(*arguments, **keywords)
@@ -202,8 +204,16 @@ class CoordinatedTask(Task):
         Arguments:
             memo: the gate of those that want the same result, which is asked too.
         """
-        followed = parked_messages.header_of(self.request).get("follows")
-        if isinstance(followed, str) and not parked_messages.generation_of(self.request):
+        running = self.request_stack.top
+        if running is None or getattr(running, "admission", None) is not None:
+            # A direct call, maybe of a body by itself. Its request is its own: what it holds is not for other threads.
+            self.push_request(args=arguments, kwargs=keywords, called_directly=True, admission=None, headers={})
+            try:
+                return self._pass_gates(arguments, keywords, body, memo=memo)
+            finally:
+                self.pop_request()
+        followed = parked_messages.header_of(running).get("follows")
+        if isinstance(followed, str) and not parked_messages.generation_of(running):
             value = self._joined(f"j{followed}")
             if value is not MISS:
                 self._counters.add("joined")

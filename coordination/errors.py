@@ -1,7 +1,5 @@
 """What can go wrong on floor 2. One root; facts as attributes; the message says the next step."""
 
-from typing import Any
-
 from ..cachelib.durations import Duration, milliseconds
 
 
@@ -149,7 +147,14 @@ class PartiesDisagree(BarrierError, ValueError):
 
 
 class TaskError(CoordinationError):
-    """Root of what goes wrong with the gates of tasks."""
+    """Root of what goes wrong with the gates of tasks. A result backend rebuilds it of its facts."""
+
+    def __init__(self, message: str, *facts: object) -> None:
+        self._message = message
+        super().__init__(*facts)
+
+    def __str__(self) -> str:
+        return self._message
 
 
 class DuplicateTask(TaskError):
@@ -160,10 +165,8 @@ class DuplicateTask(TaskError):
         self.what = what
         self.other = other
         by = f" by {other}" if other else ""
-        super().__init__(f"{task}: {what} is taken{by}; on_conflict= says what becomes of another call")
-
-    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
-        return type(self), (self.task, self.what, self.other)
+        message = f"{task}: {what} is taken{by}; on_conflict= says what becomes of another call"
+        super().__init__(message, task, what, other)
 
 
 class TooManyParked(TaskError):
@@ -174,24 +177,22 @@ class TooManyParked(TaskError):
         self.gate = gate
         self.most = most
         super().__init__(
-            f"{task}: {most} wait at {gate}, which is max_parked; send it again later, or choose another when_full="
+            f"{task}: {most} wait at {gate}, which is max_parked; send it again later, or choose another when_full=",
+            task,
+            gate,
+            most,
         )
 
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        return type(self), (self.task, self.gate, self.most)
 
-
-class TaskRefused(TaskError, TimeoutError):
+class TaskRefused(TaskError):
     """A task that runs where it was called (eager, or by a direct call) was not admitted in time."""
 
     def __init__(self, task: str, gate: str, waited: float) -> None:
         self.task = task
         self.gate = gate
         self.waited = waited
-        super().__init__(f"{task}: {gate} did not admit it within {waited:g} s; a worker would park it and go on")
-
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        return type(self), (self.task, self.gate, self.waited)
+        message = f"{task}: {gate} did not admit it within {waited:g} s; a worker would park it and go on"
+        super().__init__(message, task, gate, waited)
 
 
 class RateLimited(TaskError):
@@ -207,10 +208,6 @@ class RateLimited(TaskError):
     """
 
     def __init__(self, after: Duration, key: str | None = None) -> None:
-        self.after = after
-        self.key = key
         self.after_ms = max(1, milliseconds(after, "after", zero_allowed=True))
-        super().__init__(f"come again in {self.after_ms / 1_000:g} s")
-
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        return type(self), (self.after, self.key)
+        self.key = key
+        super().__init__(f"come again in {self.after_ms / 1_000:g} s", self.after_ms / 1_000, key)

@@ -109,6 +109,26 @@ class ParkingKeys:
         """Says that an attempt of a task runs, and where, while it does."""
         return f"{LAYOUT}:run:{{{self.namespace}}}:{escaped(token)}"
 
+    def line(self, state: str) -> str:
+        """Those of this namespace that wait at a gate: a sorted set of ids. Another namespace has a line of its own."""
+        return f"{state}{self._line}"
+
+    def order(self, state: str) -> str:
+        """In which order those keys come that wait at a gate: a hash."""
+        return f"{state}:order:{self.namespace}"
+
+    def wakes(self, state: str) -> str:
+        """The state of a rate as it will be when all that were woken have come."""
+        return f"{state}:wakes:{self.namespace}"
+
+    def state_of(self, line: str) -> str:
+        """The state of the gate at which those in a line wait."""
+        return line.removesuffix(self._line)
+
+    @property
+    def _line(self) -> str:
+        return f":parked:{self.namespace}"
+
     @property
     def channel(self) -> str:
         """On which is said that a line or a task is due. No key: nothing is stored."""
@@ -126,21 +146,6 @@ PARKED_MATCHING = _parked("*")
 def parked_namespace(parked: str) -> str:
     """The namespace of such a hash."""
     return unescaped(parked[parked.index("{") + 1 : -1])
-
-
-def line(state: str) -> str:
-    """Those that wait at a gate: a sorted set of ids."""
-    return f"{state}:parked"
-
-
-def line_order(state: str) -> str:
-    """In which order those keys come that wait at a gate: a hash."""
-    return f"{state}:order"
-
-
-def line_wakes(state: str) -> str:
-    """The state of a rate as it will be when all that were woken have come."""
-    return f"{state}:wakes"
 
 
 def debounced_task(task: str, key: str) -> str:

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+import msgspec
+
 from ..cachelib.connections import Connections
-from ..cachelib.scripts import load
+from ..cachelib.scripts import HOLE, Prepared, load
 from ..cachelib.tokens import Tokens
 from . import keys
 from .gates import GateCall, Served
@@ -32,7 +34,9 @@ _MOST_AT_ONCE = 100
 LEASE_MS = 30_000
 _SEND_AGAIN_MS = 3_600_000
 """A woken task that has not come by then was lost on its way. If not, the second message finds nothing."""
+_PUT_OFF_S = 10
 LARGEST_RECORD_BYTES = 1_000_000
+_MOST_FORMS = 1_000
 
 _tokens = Tokens()
 
@@ -189,6 +193,7 @@ class ParkingLot:
             )
         self.redis = redis
         self.keys = keys.ParkingKeys(namespace)
+        self._prepared: dict[tuple[Any, ...], Prepared[Any]] = {}
 
     def __repr__(self) -> str:
         return f"<ParkingLot {self.keys.namespace!r} at {self.redis.address}>"
@@ -209,41 +214,29 @@ class ParkingLot:
             lease_ms: how long it holds what it holds, unless that is renewed.
             expires_us: in what time it expires; 0: never.
         """
-        nonce, sent = _tokens.next(), time.monotonic()
-        reply = _ADMIT(
+        nonce, token, sent = _tokens.next(), attempt.token, time.monotonic()
+        reply = self._asking(gates, lease_ms, parks=record is not None)(
             self.redis.coordination,
-            run=self.keys.run(attempt.token),
-            parked=self.keys.parked,
-            waits=self.keys.waits,
-            due=self.keys.due,
-            woken=self.keys.woken,
-            gates=self.keys.gates,
-            states=[gate.state for gate in gates],
-            seconds=[gate.second for gate in gates],
-            lines=[gate.line for gate in gates],
-            orders=[gate.order for gate in gates],
-            id=attempt.id,
-            token=attempt.token,
-            nonce=nonce,
-            generation=attempt.generation,
-            run_text=_run_text(gates, lease_ms),
-            lease_ms=lease_ms,
-            park=int(record is not None),
-            record=record or b"",
-            patience_us=_PATIENCE_US,
-            channel=self.keys.channel,
-            label=_label(attempt),
-            expires_us=expires_us,
-            kinds=[gate.kind for gate in gates],
-            amounts=[gate.amount for gate in gates],
-            counts=[gate.count for gate in gates],
-            spans=[gate.span for gate in gates],
-            rests=[gate.rest for gate in gates],
-            parts=[gate.part for gate in gates],
-            most=[gate.most for gate in gates],
-            policies=[gate.policy for gate in gates],
-            fairs=[gate.fair for gate in gates],
-            definitions=[gate.definition(lease_ms) if record is not None else "" for gate in gates],
+            *_encoded(
+                self.keys.run(token),
+                *[gate.state for gate in gates],
+                *[gate.second for gate in gates],
+                *[self.keys.line(gate.state) for gate in gates],
+                *[self.keys.order(gate.state) for gate in gates],
+                attempt.id,
+                token,
+                nonce,
+                str(attempt.generation),
+            ),
+            _run_text(gates, lease_ms),
+            record or b"",
+            *_encoded(
+                _label(attempt),
+                str(expires_us),
+                *[str(gate.amount) for gate in gates],
+                *[gate.fair for gate in gates],
+                *[gate.definition(lease_ms) if record is not None else "" for gate in gates],
+            ),
         )
         outcome, place, wait_us, _, now_us, text = reply[:6]
         gate = gates[place - 1] if place else None
@@ -264,15 +257,20 @@ class ParkingLot:
                     raise ValueError(f"task_admit.lua returned {reply!r}")
                 return Full(gate, outcome == -4)
 
-    def end(self, running: Running, *, verdict: str = "-") -> bool:
+    def end(self, running: Running, *, verdict: str = "-", known_ms: int = 0) -> bool:
         """Give back what a task holds. May be repeated.
 
         Arguments:
             verdict: what those are told that wait to end with its result; "-": that they may run.
+            known_ms: how long it is to be known that it has ended.
         """
         told = [verdict if gate.joins else "-" for gate in running.gates if gate.kind == "p"]
         permits = [[gate.state, gate.second, gate.count] for gate in running.gates if gate.kind == "p"]
-        return self._end(running.attempt.id, running.attempt.token, running.nonce, permits, told, crashed=False)
+        return self._end(running.attempt.id, running.attempt.token, running.nonce, permits, told, known_ms=known_ms)
+
+    def has_ended(self, token: str) -> bool:
+        """Whether an attempt is known to have ended."""
+        return bool(self.redis.coordination.execute_command("GET", self.keys.run(token)) == b"ended")
 
     def running(self, tokens: Sequence[str]) -> dict[str, Crashed]:
         """What is known of attempts that run, by their tokens."""
@@ -374,10 +372,10 @@ class ParkingLot:
         return _SERVE(
             self.redis.coordination,
             line=line,
-            order=keys.line_order(gate.state),
+            order=self.keys.order(gate.state),
             state=gate.state,
             second=gate.second,
-            wakes=keys.line_wakes(gate.state),
+            wakes=self.keys.wakes(gate.state),
             waits=self.keys.waits,
             woken=self.keys.woken,
             gates=self.keys.gates,
@@ -393,6 +391,12 @@ class ParkingLot:
             channel=self.keys.channel,
             lag_us=_LAG_US,
         )
+
+    def put_off(self, line: str) -> None:
+        """Serve a line later."""
+        client: Any = self.redis.coordination
+        seconds, _ = client.execute_command("TIME")
+        client.execute_command("ZADD", self.keys.due, "XX", (int(seconds) + _PUT_OFF_S) * 1_000_000, line)
 
     def forget_line(self, line: str) -> None:
         """Serve a line no more whose gate cannot be read."""
@@ -426,13 +430,13 @@ class ParkingLot:
         while True:
             known = self.redis.coordination.execute_command("HGET", self.keys.waits, id)
             token = known.split(b" ", 3)[2].decode() if known else id
-            state = line.removesuffix(keys.line("")) if line else ""
+            state = self.keys.state_of(line)
             woken, at = _WAKE(
                 self.redis.coordination,
                 waits=self.keys.waits,
                 woken=self.keys.woken,
                 line=line,
-                order=keys.line_order(state),
+                order=self.keys.order(state),
                 due=self.keys.due,
                 run=self.keys.run(token),
                 id=id,
@@ -459,7 +463,7 @@ class ParkingLot:
         permits = [[gate.state, gate.second, gate.count] for gate in gates if gate.kind == "p"]
         if permits:
             told = ["-"] * len(permits)
-            self._end(attempt.id, attempt.token, "-", permits, told, crashed=False)  # unless it runs elsewhere
+            self._end(attempt.id, attempt.token, "-", permits, told)  # unless it runs elsewhere
 
     # For those who look
 
@@ -494,30 +498,101 @@ class ParkingLot:
         permits: Sequence[Sequence[Any]],
         verdicts: Sequence[str],
         *,
-        crashed: bool,
+        crashed: bool = False,
+        known_ms: int = 0,
     ) -> bool:
         states = [permit[0] for permit in permits]
-        known = _END(
+        known = self._ending(len(states), crashed=crashed)(
             self.redis.coordination,
-            run=self.keys.run(token),
-            parked=self.keys.parked,
-            waits=self.keys.waits,
-            due=self.keys.due,
-            woken=self.keys.woken,
-            gates=self.keys.gates,
-            states=states,
-            queues=[permit[1] for permit in permits],
-            lines=[keys.line(state) for state in states],
-            orders=[keys.line_order(state) for state in states],
-            id=id,
-            token=token,
-            nonce=nonce,
-            crashed=int(crashed),
-            channel=self.keys.channel,
-            capacities=[permit[2] for permit in permits],
-            verdicts=[_word(verdict) for verdict in verdicts],
+            *_encoded(
+                self.keys.run(token),
+                *states,
+                *[permit[1] for permit in permits],
+                *[self.keys.line(state) for state in states],
+                *[self.keys.order(state) for state in states],
+                id,
+                token,
+                nonce,
+                str(known_ms),
+                *[str(permit[2]) for permit in permits],
+                *[_word(verdict) for verdict in verdicts],
+            ),
         )
         return bool(known)
+
+    def _asking(self, gates: Sequence[GateCall], lease_ms: int, *, parks: bool) -> Prepared[list[Any]]:
+        """What asks such gates: packed but for what differs from call to call."""
+        form = ("admit", lease_ms, parks, *[gate.form for gate in gates])
+        return self._prepared.get(form) or self._keep(
+            form,
+            _ADMIT.prepared(
+                run=HOLE,
+                parked=self.keys.parked,
+                waits=self.keys.waits,
+                due=self.keys.due,
+                woken=self.keys.woken,
+                gates=self.keys.gates,
+                states=[HOLE] * len(gates),
+                seconds=[HOLE] * len(gates),
+                lines=[HOLE] * len(gates),
+                orders=[HOLE] * len(gates),
+                id=HOLE,
+                token=HOLE,
+                nonce=HOLE,
+                generation=HOLE,
+                run_text=HOLE,
+                lease_ms=lease_ms,
+                park=int(parks),
+                record=HOLE,
+                patience_us=_PATIENCE_US,
+                channel=self.keys.channel,
+                label=HOLE,
+                expires_us=HOLE,
+                kinds=[gate.kind for gate in gates],
+                amounts=[HOLE] * len(gates),
+                counts=[gate.count for gate in gates],
+                spans=[gate.span for gate in gates],
+                rests=[gate.rest for gate in gates],
+                parts=[gate.part for gate in gates],
+                most=[gate.most for gate in gates],
+                policies=[gate.policy for gate in gates],
+                fairs=[HOLE] * len(gates),
+                definitions=[HOLE] * len(gates),
+            ),
+        )
+
+    def _ending(self, permits: int, *, crashed: bool) -> Prepared[int]:
+        """What gives so many permits back."""
+        form = ("end", permits, crashed)
+        return self._prepared.get(form) or self._keep(
+            form,
+            _END.prepared(
+                run=HOLE,
+                parked=self.keys.parked,
+                waits=self.keys.waits,
+                due=self.keys.due,
+                woken=self.keys.woken,
+                gates=self.keys.gates,
+                states=[HOLE] * permits,
+                queues=[HOLE] * permits,
+                lines=[HOLE] * permits,
+                orders=[HOLE] * permits,
+                id=HOLE,
+                token=HOLE,
+                nonce=HOLE,
+                crashed=int(crashed),
+                channel=self.keys.channel,
+                known_ms=HOLE,
+                capacities=[HOLE] * permits,
+                verdicts=[HOLE] * permits,
+            ),
+        )
+
+    def _keep(self, form: tuple[Any, ...], prepared: Prepared[Any]) -> Prepared[Any]:
+        if len(self._prepared) >= _MOST_FORMS:
+            self._prepared.clear()
+        self._prepared[form] = prepared
+        return prepared
 
 
 def namespaces_of(redis: Connections) -> list[str]:
@@ -542,7 +617,9 @@ def _word(text: str) -> str:
 
 def _label(attempt: Attempt) -> str:
     text = f"{attempt.label}[{attempt.id}]@{_node()}"
-    return "".join(letter if letter.isprintable() else "?" for letter in text)[:200]
+    if not text.isprintable():
+        text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return text[:200]
 
 
 def _node() -> str:
@@ -552,9 +629,13 @@ def _node() -> str:
 _HOST = socket.gethostname()
 
 
-def _run_text(gates: Sequence[GateCall], lease_ms: int) -> str:
-    permits = [[gate.state, gate.second, gate.count] for gate in gates if gate.kind == "p"]
-    return json.dumps([_HOST, os.getpid(), lease_ms, permits], separators=(",", ":"))
+def _run_text(gates: Sequence[GateCall], lease_ms: int) -> bytes:
+    permits = [(gate.state, gate.second, gate.count) for gate in gates if gate.kind == "p"]
+    return msgspec.json.encode((_HOST, os.getpid(), lease_ms, permits))
+
+
+def _encoded(*texts: str) -> list[bytes]:
+    return [text.encode() for text in texts]
 
 
 def _read_run(text: bytes) -> Crashed | None:

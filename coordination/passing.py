@@ -12,14 +12,14 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 from celery import Task
-from celery.exceptions import Ignore, Retry
+from celery.exceptions import Ignore, Reject, Retry
 
 from ..cachelib import MISS
 from ..cachelib.circuit import UNAVAILABLE
 from ..cachelib.counters import Counters
 from . import parked_messages
 from .admitted import Admitted
-from .errors import DuplicateTask, RateLimited, TaskRefused, TooManyParked
+from .errors import DuplicateTask, LimiterUnavailable, RateLimited, TaskRefused, TooManyParked
 from .gates import GateCall
 from .guarded import is_guarded
 from .parking import (
@@ -39,6 +39,7 @@ _LONGEST_WAIT_S = 60.0
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.05
 _LATER_S = 5.0
 _MOST_TRIES = 5
+_KNOWN_MS = 3_600_000
 
 _refused_lately: set[str] = set()
 """Names of tasks of which the last call that was asked for here was refused."""
@@ -108,12 +109,14 @@ class Passage:
         request = self.task.request
         attempt = Attempt(request.id, request.retries or 0, parked_messages.generation_of(request), self.task.name)
         gates = list(self.gates)
+        if self._is_redelivered and self._has_ended(attempt):
+            return self._act_on(Stale())
         for _ in range(_MOST_TRIES):
             try:
                 outcome = self._admit(attempt, gates)
             except UNAVAILABLE as error:
                 return self._without_redis(error)
-            if isinstance(outcome, Stale) and attempt.generation and self._delivered_again():
+            if isinstance(outcome, Stale) and attempt.generation and self._was_lost(attempt):
                 attempt = attempt._replace(generation=0)
                 continue
             if not isinstance(outcome, Verdict):
@@ -121,6 +124,8 @@ class Passage:
             if outcome.text == "d":
                 self.counters.add("dropped")
                 return None
+            if outcome.text == "x":
+                raise DeliveryDropped("it was revoked while it waited")
             value = self.joined(outcome.text)
             if value is not MISS:
                 self.counters.add("joined")
@@ -130,8 +135,19 @@ class Passage:
             gates = [gate for gate in gates if gate.kind != "c" or gate.policy != "j"]
         raise TaskRefused(self.task.name, "a verdict that changes", 0.0)
 
-    def _delivered_again(self) -> bool:
-        """Whether the broker delivers it again because nobody has said that it has ended: its first worker died."""
+    def _has_ended(self, attempt: Attempt) -> bool:
+        """Whether the broker delivers it again because it has not heard that it has ended."""
+        try:
+            return self.lot.has_ended(attempt.token)
+        except UNAVAILABLE:
+            return False
+
+    def _was_lost(self, attempt: Attempt) -> bool:
+        """Whether the broker delivers it again because the worker died that had it first."""
+        return self._is_redelivered and not self.lot.has_ended(attempt.token)
+
+    @property
+    def _is_redelivered(self) -> bool:
         return bool(self.task.acks_late and (self.task.request.delivery_info or {}).get("redelivered"))
 
     def _admit(self, attempt: Attempt, gates: Sequence[GateCall]) -> Admission:
@@ -156,7 +172,9 @@ class Passage:
         except (TypeError, ValueError) as error:
             outcome = self.lot.admit(attempt, gates, record=None, lease_ms=self.lease_ms)
             if isinstance(outcome, Refused):
-                raise self._later(error, max(1.0, outcome.retry_after)) from error
+                known = outcome.by is not None and outcome.by.limit is not None  # a permit may be free long before
+                wait_s = outcome.retry_after if known else min(outcome.retry_after, _LATER_S)
+                raise self._later(error, max(1.0, wait_s)) from error
             return outcome
         return self.lot.admit(
             attempt,
@@ -207,7 +225,8 @@ class Passage:
     def _wait_here(self) -> Any:
         request, began = self.task.request, time.monotonic()
         generation = 0 if request.called_directly else parked_messages.generation_of(request)
-        attempt = Attempt(request.id or uuid4().hex, request.retries or 0, generation, self.task.name)
+        id = uuid4().hex if request.called_directly else request.id  # a body may call itself
+        attempt = Attempt(id or uuid4().hex, request.retries or 0, generation, self.task.name)
         gates = [gate for gate in self.gates if gate.kind not in "cd"]  # who waits for the result has not paused
         while True:
             outcome = self.lot.admit(attempt, gates, record=None, lease_ms=self.lease_ms)
@@ -228,16 +247,16 @@ class Passage:
     # Running
 
     def _run(self, running: Running) -> Any:
-        admitted = Admitted(self.lot, running)
+        admitted, request = Admitted(self.lot, running), self.task.request
         try:
             self.counters.add("runs")
             if running.wait_s > 0:
                 time.sleep(running.wait_s)
-            delivered = not (self.task.request.called_directly or self.task.request.is_eager)
+            delivered = not (request.called_directly or request.is_eager)
             if not delivered or not is_guarded(self.lot.keys.namespace):
                 admitted.keep()
-            parked_messages.forget_generation(self.task.request)
-            self.task.request.admission = admitted
+            parked_messages.forget_generation(request)
+            request.admission = admitted
             value = admitted.run(self.body)
             verdict = self.verdict_of(value)
         except RateLimited as limited:
@@ -246,21 +265,29 @@ class Passage:
             if running.attempt.generation:
                 running = replace(running, attempt=running.attempt._replace(generation=0))
             return self._again(running.attempt, limited, paused)
+        except (Retry, Reject, Ignore):  # Ignore: it was replaced, by one that has its id
+            if request.admission is admitted:
+                admitted.end()
+            raise
         except BaseException:
-            admitted.end()
+            admitted.end(known_ms=self._known_ms)
             raise
         finally:
-            self.task.request.admission = None
-        admitted.end(verdict)
+            request.admission = None
+        admitted.end(verdict, known_ms=self._known_ms)
         return value
+
+    @property
+    def _known_ms(self) -> int:
+        """How long it is to be known that it has ended: where the broker may deliver it again, for not having heard."""
+        return _KNOWN_MS if self.task.acks_late else 0
 
     def _pause(self, admitted: Admitted, limited: RateLimited) -> bool:
         self.counters.add("rate_limited")
         try:
             return admitted.block(limited.after_ms / 1_000, limited.key)
-        except BaseException:
-            admitted.end()
-            raise
+        except LimiterUnavailable:
+            return False
 
     def _again(self, attempt: Attempt, limited: RateLimited, paused: bool) -> Any:
         """Come again, by the gate that is closed now."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from celery import Celery
 from celery.worker import state as worker_state
+from redis.exceptions import ResponseError
 
 from ..cachelib.circuit import UNAVAILABLE
 from ..cachelib.client import ThreadClient
@@ -46,6 +47,8 @@ class Pump:
         self._thread: Thread | None = None
         self._revoked: set[str] = set()
         self._revoked_seen = 0
+        self._failed = ""
+        """Which could not be sent the last time: it comes after the others, if it was for what is written of it."""
         self.leads = False
         """Whether it is the one that sends."""
         self.sent = 0
@@ -140,15 +143,20 @@ class Pump:
             logger.error("those in %s wait for ever: %s", line, error)
             self._lot.forget_line(line)
             return
-        self._lot.serve(line, gate)
+        try:
+            self._lot.serve(line, gate)
+        except ResponseError as error:  # something else stands where its state should; or nothing can be written at all
+            self._lot.put_off(line)
+            logger.error("those in %s are not woken for now: %s", line, error)
 
     def _send(self, woken: Sequence[Woken]) -> None:
         if not woken:
             return
         noted: list[Woken] = []
+        one: Woken | None = None
         try:
             with self._app.producer_or_acquire() as producer:
-                for one in woken:
+                for one in sorted(woken, key=lambda one: one.id == self._failed):
                     try:
                         parked_messages.send(self._app, producer, one, revoked=one.verdict == "x")
                     except (KeyError, TypeError, ValueError) as error:
@@ -156,6 +164,7 @@ class Pump:
                     noted.append(one)
         except Exception as error:  # noqa: BLE001  # each transport has errors of its own
             logger.warning("the broker did not take %d parked tasks: %s", len(woken) - len(noted), error)
+            self._failed = "" if one is None else one.id
             self._stopping.wait(_PAUSE_S)
         finally:
             if noted:

@@ -65,8 +65,11 @@ elseif came_back and entry.verdict ~= "-" then
     park_forget(waits, parked, woken, due, id)
     give_back()
     return { 3, 0, 0, 0, now, entry.verdict }
-elseif not came_back and entry and entry.token == token then
-    return { -2, 0, 0, 0, now, "" }
+elseif not came_back and entry then
+    local parked_retries = tonumber(string.match(entry.token, "%.(%d+)$"))
+    if parked_retries >= tonumber(string.match(token, "%.(%d+)$")) then -- itself, or a retry of it
+        return { -2, 0, 0, 0, now, "" }
+    end
 end
 
 local function note(line, amount, fair)
@@ -84,7 +87,7 @@ local function note(line, amount, fair)
 end
 
 local running = redis.call("GET", run)
-if running and string.sub(running, 1, #nonce + 1) ~= nonce .. " " then
+if running and running ~= "ended" and string.sub(running, 1, #nonce + 1) ~= nonce .. " " then
     if ARGV[7] == "0" then
         return { 2, 0, redis.call("PTTL", run) * 1000, 0, now, "" }
     end

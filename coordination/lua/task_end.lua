@@ -3,10 +3,11 @@
 -- A task has ended, or its process has: give back what it holds, and wake those that wait for its result.
 --
 -- KEYS: run, parked, waits, due, woken, gates, states..., queues..., lines..., orders...
--- ARGV: id, token, nonce, crashed, channel, capacities..., verdicts...
+-- ARGV: id, token, nonce, crashed, channel, known_ms, capacities..., verdicts...
 -- RETURNS: 1 if it was known to run, else 0
 -- crashed: 1 when its process died: then another delivery of it that waits for its end may run; else that one is of no
--- more use. verdicts: what all that wait for a permit are told, or "-": then the permit is handed on to the next one.
+-- more use. known_ms: how long it is to be known that it has ended. verdicts: what all that wait for a permit are told,
+-- or "-": then the permit is handed on to the next one.
 --
 -- One script, because what is given back is handed on in the same moment, and because a delivery that finds the run gone
 -- would run a task that has ended. Repeated, it does nothing.
@@ -20,7 +21,11 @@ local mine = running and string.sub(running, 1, #nonce + 1) == nonce .. " "
 if not mine and (running or crashed) then
     return 0 -- another delivery runs: what the token holds is its own
 end
-redis.call("DEL", run)
+if tonumber(ARGV[6]) > 0 and not crashed then
+    redis.call("SET", run, "ended", "PX", ARGV[6])
+else
+    redis.call("DEL", run)
+end
 
 local told = false
 for i = 1, count do
@@ -28,11 +33,11 @@ for i = 1, count do
     local queue = KEYS[6 + count + i]
     local line = KEYS[6 + 2 * count + i]
     local order = KEYS[6 + 3 * count + i]
-    local turn = turn_open(state, queue, now, ARGV[5 + i], token)
+    local turn = turn_open(state, queue, now, ARGV[6 + i], token)
     if turn.held then
         turn_end(state, turn)
     end
-    local verdict = ARGV[5 + count + i]
+    local verdict = ARGV[6 + count + i]
     if verdict ~= "-" and not crashed then
         for _, follower in ipairs(redis.call("ZRANGE", line, 0, -1)) do
             local entry = park_look(waits, follower)

@@ -22,6 +22,7 @@ from petiole import (
     Throttle,
 )
 from petiole.cachelib.scripts import load
+from petiole.coordination import keys, parking
 from petiole.coordination.errors import StaleFence
 from petiole.coordination.fencing import FencedStore
 
@@ -31,6 +32,8 @@ SCRIPTS = sorted(
     for path in (Path(petiole.coordination.__file__).parent / "lua").glob("*.lua")
     if not path.stem.startswith("_")
 )
+SEVERAL_SLOTS = {"task_admit", "task_end", "line_serve", "parked_wake", "claim_take"}
+"""One admission asks all gates of a task, whose names are in several slots. ``ParkingLot`` refuses a Cluster."""
 
 
 @pytest.fixture
@@ -85,7 +88,33 @@ def test_every_script_runs_on_a_cluster(clustered: Connections, names: list[str]
     with Debounce(clustered, names[5], wait=0.05) as debounce:
         debounce.call("k", list)
     assert SingleFlight(clustered, names[6]).do("k", lambda: 7) == 7
+    run_what_parks_in_one_slot(clustered, names[7])
 
     shas = [load("petiole.coordination", script, list).sha for script in SCRIPTS]
     known = [client.script_exists(*shas) for client in clustered.coordination.primaries()]  # type: ignore[attr-defined]
-    assert [script for script, *nodes in zip(SCRIPTS, *known, strict=True) if not any(nodes)] == []
+    unknown = {script for script, *nodes in zip(SCRIPTS, *known, strict=True) if not any(nodes)}
+    assert unknown == SEVERAL_SLOTS
+
+
+def run_what_parks_in_one_slot(clustered: Connections, namespace: str) -> None:
+    """The scripts of parked tasks that touch the names of one namespace alone."""
+    client, named = clustered.coordination, keys.ParkingKeys(namespace)
+    common = {"waits": named.waits, "woken": named.woken, "due": named.due, "parked": named.parked}
+    client.hset(named.waits, "id", "w 1 id.0 1 - - -")
+    client.hset(named.parked, "id", "record")
+    client.zadd(named.woken, {"id": 1})
+    found = parking._NEXT(client, **common, gates=named.gates, lead_us=0, most=10)
+    assert found[4] == [b"id", b"1", b"id.0", b"-", b"record"]
+    assert parking._SENT(client, **common, ids=["id"], generations=[1], forget=[0], again_ms=[60_000]) == 1
+    assert parking._FORGET(client, **common, id="id")
+    client.set(named.run("id.0"), "nonce text", px=1_000)
+    assert parking._RENEW(client, runs=[named.run("id.0")], nonces=["nonce"], leases_ms=[60_000]) == [1]
+    claim = keys.claim(namespace, "key")
+    client.set(claim, "id", px=60_000)
+    assert parking._UNCLAIM(client, claim=claim, id="id")
+
+
+def test_a_parking_lot_refuses_a_cluster_and_says_what_to_do(clustered: Connections) -> None:
+    """Before any task could be parked where it would not be found."""
+    with pytest.raises(ValueError, match=r"is a Cluster; .* Give coordinated tasks a single server or Sentinel"):
+        parking.ParkingLot(clustered, "shop")

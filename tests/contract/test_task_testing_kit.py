@@ -3,9 +3,13 @@
 What a worker would do with a message is done here, in the test's own thread: so a test says when.
 """
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from queue import Empty
 from threading import Event
 from typing import Any
@@ -15,11 +19,23 @@ from celery import Celery, Task, signals
 from celery.contrib.testing.worker import start_worker
 from celery.worker.request import Request
 
-from petiole import Cache, Connections, Lock, RateLimit, RateLimiter, Semaphore, Settings, Unique, connect
-from petiole.coordination import DuplicateTask
+from petiole import (
+    MISS,
+    Cache,
+    Connections,
+    Lock,
+    RateLimit,
+    RateLimiter,
+    Semaphore,
+    Settings,
+    Unique,
+    connect,
+    coordinated_task,
+    memoized_task,
+)
+from petiole.coordination import DuplicateTask, guarded
 from petiole.coordination import Pause as Pausing
-from petiole.coordination.coordinated import coordinated_task
-from petiole.testing import Waiting, clear, closed_gates, moving_clock, open_gates, parked, pump
+from petiole.testing import Waiting, clear, closed_gates, moving_clock, no_memo, open_gates, parked, pump
 
 PATIENCE_S = 20.0
 
@@ -35,8 +51,9 @@ def app(name: str, redis: Connections) -> Iterator[Celery]:
 
 
 @pytest.fixture
-def work(app: Celery, name: str) -> Callable[[], int]:
+def work(app: Celery, name: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Does what a worker does with the messages that are there: how many they were."""
+    monkeypatch.setattr(guarded, "_namespaces", {name})  # as a worker says that it wakes what it parks
 
     def work() -> int:
         done = 0
@@ -140,13 +157,13 @@ def test_the_clock_says_how_far_it_was_moved(redis: Connections) -> None:
 
 def test_a_clock_is_put_back_after_an_exception_and_moves_no_more(redis: Connections, name: str) -> None:
     limiter = RateLimiter(redis, name, [RateLimit("1/h")])
-    assert limiter.hit("7")
 
     with suppress(KeyError), moving_clock(redis) as clock:
         clock.advance("2h")
+        assert limiter.hit("7")
         raise KeyError
 
-    assert not limiter.hit("7")
+    assert until_refused(limiter) > 2 * 3_600, "what was written is two hours ahead"
     with pytest.raises(RuntimeError, match="put back"):
         clock.advance(1)
     assert redis.coordination.keys("petiole:*testing*") == []
@@ -326,6 +343,31 @@ def test_a_running_pump_looks_at_once_when_the_clock_is_moved(
     assert sorted(started) == [0, 1]
 
 
+def test_pumps_are_told_when_the_clock_is_moved(app: Celery, redis: Connections, locked: Task) -> None:
+    with redis.coordination.pubsub() as listener, moving_clock(redis) as clock:
+        listener.subscribe(locked.lot.keys.channel)
+        assert listener.get_message(timeout=PATIENCE_S)["type"] == "subscribe"
+        clock.advance("1h")
+        assert listener.get_message(timeout=PATIENCE_S)["data"] == b"due"
+
+
+# The page
+
+
+def test_the_examples_of_the_page_run_as_they_stand(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "testing.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "test_page.py").write_text("\n".join(blocks), "utf-8")
+
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_page.py"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stdout
+    assert f"{page.count('def test_')} passed" in done.stdout
+
+
 # Gates
 
 
@@ -349,8 +391,8 @@ def test_what_comes_to_a_closed_gate_is_parked_until_it_is_open(
     app: Celery, redis: Connections, locked: Task, work: Callable[[], int], ran: list[Any], name: str
 ) -> None:
     with closed_gates("lock *") as gates:
-        sent = [locked.delay(7), locked.delay(account=7, how="fast"), locked.delay(8)]
-        assert work() == 3
+        sent = [locked.delay(7), locked.delay(account=7, how="fast"), locked.delay(7), locked.delay(7), locked.delay(8)]
+        assert work() == 5
         assert pump(app) == 0
         waiting = parked(app)
         assert {one.gate for one in waiting} == {f"lock '{name}:7'", f"lock '{name}:8'"}
@@ -359,10 +401,10 @@ def test_what_comes_to_a_closed_gate_is_parked_until_it_is_open(
             assert held, "the lock itself is free"
     assert ran == []
 
-    assert pump(app) == 3
-    assert work() == 3
-    assert sorted(ran) == [7, 7, 8]
-    assert len(gates.calls) == 3
+    assert pump(app) == 5
+    assert work() == 5
+    assert sorted(ran) == [7, 7, 7, 7, 8]
+    assert len(gates.calls) == 5
     assert parked(app) == []
 
 
@@ -417,6 +459,24 @@ def test_a_gate_that_was_not_named_is_asked_as_ever(
     assert gates.calls == []
 
 
+def test_a_delivered_call_without_its_memo_runs_always(
+    app: Celery, redis: Connections, work: Callable[[], int], ran: list[Any], name: str
+) -> None:
+    @memoized_task(app=app, cache=Cache(redis, namespace=name), ttl="5m")
+    def report(region: str) -> str:
+        ran.append(region)
+        return region
+
+    with no_memo():
+        report.delay("north"), report.delay("north")
+        assert work() == 2
+    assert ran == ["north"] * 2
+    assert report.peek("north") is MISS
+    report.delay("north"), report.delay("north")
+    assert work() == 2
+    assert ran == ["north"] * 3
+
+
 # What is parked
 
 
@@ -439,7 +499,7 @@ def test_what_is_parked_is_told_in_the_order_in_which_it_may_go(
 ) -> None:
     note = declare(app, redis, ran, concurrency=1)
 
-    with Semaphore(redis, note.name, 1).acquire():
+    with Semaphore(redis, note.name, permits=1).acquire():
         for what in range(10):
             note.delay(what)
         work()

@@ -51,7 +51,6 @@ def test_a_lock_is_the_lock_of_that_name():
     assert gate.state == keys.turn("lock", "account:42")
     assert (gate.count, gate.amount, gate.lock, gate.template) == (1, 1, ("lock", "account:42"), "account:{account_id}")
     assert gate.shown == "lock 'account:42'"
-    assert (gate.line, gate.order) == (f"{gate.state}:parked", f"{gate.state}:order")
 
 
 def test_arguments_are_told_by_name_and_by_place_and_have_their_defaults():

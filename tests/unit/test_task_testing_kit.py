@@ -10,12 +10,12 @@ import pytest
 import sqlalchemy as sa
 from celery import Celery
 
-from petiole import MISS, Cache, RateLimit, Settings, connect, memoized_task
+from petiole import MISS, Cache, RateLimit, Settings, connect, coordinated_task, memoized_task
 from petiole.cachelib import Connections
 from petiole.cachelib.scripts import HOLE, Script, rewrite
-from petiole.coordination import DuplicateTask, Rate, RateLimited, Unique, passing
-from petiole.coordination.coordinated import coordinated_task
+from petiole.coordination import DuplicateTask, MemoizedTask, Rate, RateLimited, Unique, passing
 from petiole.coordination.errors import TaskRefused
+from petiole.coordination.memo_results import Memo
 from petiole.testing import Recorder, closed_gates, moving_clock, no_memo, open_gates
 
 TEXT = '-- Tells the time.\n--\n-- KEYS: a\n-- ARGV: b\nreturn redis.call("TIME")\n'
@@ -206,7 +206,9 @@ def test_a_task_that_is_told_to_come_later_ends_so_at_open_gates(app: Celery, re
         ask()
 
 
-def test_open_gates_send_every_call_of_a_unique_task(app: Celery, redis: Connections) -> None:
+def test_open_gates_send_every_call_of_a_unique_task(
+    app: Celery, redis: Connections, caplog: pytest.LogCaptureFixture
+) -> None:
     """Whether it is the only one would be asked of Redis."""
 
     @coordinated_task(app=app, redis=redis, unique=Unique(until="end", on_conflict="raise"))
@@ -221,6 +223,7 @@ def test_open_gates_send_every_call_of_a_unique_task(app: Celery, redis: Connect
         queue.close()
 
     assert {message.headers["id"] for message in taken} == ids
+    assert [record for record in caplog.records if record.name.startswith("petiole")] == [], "nobody was asked"
 
 
 def test_gates_are_as_ever_after_the_block_also_after_an_exception(app: Celery, redis: Connections) -> None:
@@ -371,14 +374,13 @@ def test_a_memoized_task_without_its_memo_runs_always(app: Celery, cache: Cache)
 
 
 def test_memos_are_as_ever_after_the_block_also_after_an_exception() -> None:
-    from petiole.coordination.memo_results import Memo
-
-    before = dict(vars(Memo))
+    before, before_task = dict(vars(Memo)), dict(vars(MemoizedTask))
     with suppress(KeyError), no_memo():
         assert vars(Memo)["peek"] is not before["peek"]
         raise KeyError
 
     assert dict(vars(Memo)) == before
+    assert dict(vars(MemoizedTask)) == before_task
 
 
 def test_a_recorder_says_what_it_is() -> None:

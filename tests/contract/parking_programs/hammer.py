@@ -43,7 +43,7 @@ def main(url, name, number, calls, everybody):
                     client.sadd(f"done:{name}", id)
             if found is None or chance.random() < 0.2:
                 pump(lot, client, post, chance)
-    print(json.dumps({"ran": ran, "most": most, "most_of_lock": most_of_lock}))
+    sys.stdout.write(json.dumps({"ran": ran, "most": most, "most_of_lock": most_of_lock}))
 
 
 def hash_of(id):

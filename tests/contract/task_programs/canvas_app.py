@@ -16,12 +16,12 @@ from celery.exceptions import SoftTimeLimitExceeded
 from pydantic import BaseModel
 from redis import Redis
 
-from petiole import RateLimit, Settings, connect
+from petiole import Cache, RateLimit, Settings, connect, memoized_task
 from petiole.coordination.coordinated import CoordinatedTask, coordinated_task
 from petiole.coordination.errors import RateLimited
 from petiole.coordination.gates import Concurrency, Pause, Rate, Unique
 
-PATIENCE_S = 6
+PATIENCE_S = 20
 OTHER_QUEUE = "other"
 FOLDER = Path(__file__).parent
 
@@ -68,7 +68,7 @@ def make_app(url: str) -> Celery:
         task_routes={"routed": {"queue": OTHER_QUEUE}},
         task_annotations={"annotated": {"gate_lock": "canvas:annotated:{tag}"}},
     )
-    notes = Redis.from_url(url, protocol=2, decode_responses=True, socket_timeout=2 * PATIENCE_S)
+    notes = Redis.from_url(url, protocol=2, decode_responses=True, socket_timeout=3 * PATIENCE_S)
     redis = connect(settings=Settings(url=url, cache_timeout=2))
     app.notes, app.redis = notes, redis
     app.note = notes.rpush
@@ -83,7 +83,7 @@ def make_app(url: str) -> Celery:
             notes.set(f"most:{tag}", notes.get(f"inside:{tag}"))
         try:
             if notes.exists(f"hold:{tag}"):
-                notes.blpop([f"go:{tag}"], timeout=PATIENCE_S)
+                notes.blpop([f"go:{tag}"], timeout=2 * PATIENCE_S)
         finally:
             notes.decr(f"inside:{tag}")
         return run
@@ -215,7 +215,7 @@ def make_app(url: str) -> Celery:
             raise self.replace(self.s(number + 1, tag))
         return number
 
-    @gated("slow", lock="canvas:{tag}", time_limit=PATIENCE_S, soft_time_limit=1)
+    @gated("slow", lock="canvas:{tag}", time_limit=2 * PATIENCE_S, soft_time_limit=1)
     def slow(number: int, tag: str) -> str:
         try:
             begin(tag)
@@ -246,13 +246,13 @@ def make_app(url: str) -> Celery:
         self.admission.settle(actual)
         return number
 
-    @gated("dying", lock="canvas:{tag}", lease=2, acks_late=True, reject_on_worker_lost=True)
+    @gated("dying", lock="canvas:{tag}", lease=1, acks_late=True, reject_on_worker_lost=True)
     def dying(number: int, tag: str) -> int:
         if notes.incr(f"died:{tag}") == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return begin(tag) * number
 
-    @gated("dying_retried", bind=True, lock="canvas:{tag}", lease=2, retry_on_worker_lost=True,
+    @gated("dying_retried", bind=True, lock="canvas:{tag}", lease=1, retry_on_worker_lost=True,
            acks_late=True, max_retries=2, default_retry_delay=0)  # fmt: skip
     def dying_retried(self: Task, number: int, tag: str) -> int:
         if not self.request.retries:
@@ -261,6 +261,11 @@ def make_app(url: str) -> Celery:
 
     @gated("pickled", lock="canvas:{tag}", serializer="pickle")
     def pickled(number: Any, tag: str) -> str:
+        begin(tag)
+        return repr(number)
+
+    @gated("pickled_by_call", bind=True, lock="canvas:{tag}", max_retries=0)
+    def pickled_by_call(self: Task, number: Any, tag: str) -> str:
         begin(tag)
         return repr(number)
 
@@ -295,6 +300,11 @@ def make_app(url: str) -> Celery:
     def recursive(self: Task, number: int, tag: str) -> int:
         begin(tag)
         return number if number <= 0 else number + self(number - 1, tag)
+
+    @memoized_task(app=app, name="fibonacci", cache=Cache(redis, namespace="canvas"), ttl=60)
+    def fibonacci(number: int, tag: str) -> int:
+        begin(tag)
+        return number if number < 2 else fibonacci(number - 1, tag) + fibonacci(number - 2, tag)
 
     @app.task(base=CoordinatedTask, name="by_base", gate_redis=redis, gate_lock="canvas:{tag}", shared=False)
     def by_base(number: int, tag: str) -> int:

@@ -26,7 +26,8 @@ def worker(url: str, folder: Path, *options: str) -> Iterator[GuardedProcess]:
          "--without-mingle", *options],
         output=log,
         environment={
-            **os.environ, "PYTHONPATH": str(FOLDER), "CANVAS_TEST_URL": url, "REDIS_URL": url, "C_FORCE_ROOT": "1",
+            **os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")]),
+            "CANVAS_TEST_URL": url, "REDIS_URL": url, "C_FORCE_ROOT": "1",  # for pickle
         },
         folder=folder,
     )  # fmt: skip
@@ -85,11 +86,13 @@ class Crew:
         return sum(not one.woken for one in self.lot.waiting())
 
     def left(self) -> list[str]:
-        """What should not be in Redis when all has ended; claims for a period, rates and turns may, with a TTL."""
+        """What should not be in Redis when all has ended. Claims for a period, rates, turns and ends may, with a TTL."""
         leads = f"petiole:1:turn:{{parking:{self.lot.keys.namespace}}}"
         keys = [key for key in self.notes.scan_iter("petiole:*", count=1_000) if not key.startswith(leads)]
-        wrong = [key for key in keys if ":parked" in key or ":order" in key or key.startswith("petiole:1:run:")]
+        wrong = [key for key in keys if ":parked" in key or ":order" in key]
         for key in keys:
+            if key.startswith("petiole:1:run:") and self.notes.get(key) not in ("ended", None):
+                wrong.append(key)
             if key.startswith("petiole:1:turn:") and self.notes.type(key) == "hash":
                 wrong += [key] if int(self.notes.hget(key, "used") or 0) else []
             if self.notes.pttl(key) == -1 and key not in wrong:
