@@ -46,7 +46,7 @@ def waiting_peers(stack: ExitStack, broker: str, gates: str) -> WaitingPeers:
     def poll(self: Any, number: int) -> None:  # noqa: ARG001
         lock = asked.lock(LOCK, timeout=30)
         if not lock.acquire(blocking=False):
-            raise self.retry(countdown=POLL_S, max_retries=None)
+            raise self.retry(countdown=POLL_S)
         try:
             runs.incr(RUNS)
         finally:
@@ -56,4 +56,4 @@ def waiting_peers(stack: ExitStack, broker: str, gates: str) -> WaitingPeers:
         "a lock": coordinated_task(app=app, redis=server, name="one", lock=LOCK)(body()),
         f"{AT_ONCE} permits": coordinated_task(app=app, redis=server, name=PERMITS, concurrency=AT_ONCE)(body()),
     }
-    return WaitingPeers(app, server, parked, app.task(name="polling", bind=True)(poll))
+    return WaitingPeers(app, server, parked, app.task(name="polling", bind=True, max_retries=None)(poll))

@@ -15,6 +15,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import IO, Any, NamedTuple
 
 import redis
@@ -116,7 +117,7 @@ def _crossing(left: Sequence[int], seen_at: Sequence[float], mark: int) -> float
 
 def _judged(blocks: Sequence[str], ends: Sequence[float], pool: str) -> list[Worked]:
     each = len(set(blocks))
-    took_us = [(end - start) / _BLOCK * 1e6 for start, end in zip(ends, ends[1:], strict=False)]
+    took_us = [(end - start) / _BLOCK * 1e6 for start, end in pairwise(ends)]
     rounds = [
         dict(zip(blocks[first : first + each], took_us[first - 1 :], strict=False))
         for first in range(1, len(blocks), each)

@@ -20,7 +20,7 @@ from ..cachelib.counters import Counters
 from ..cachelib.durations import Duration, milliseconds
 from ..cachelib.errors import CachelibError
 from ..cachelib.templates import signature_of
-from . import keys, parked_messages, passing
+from . import parked_messages, passing
 from .admitted import Admitted
 from .errors import DuplicateTask
 from .gates import Concurrency, GateCall, Gates, OnConflict, Pause, Rate, Unique, WhenFull, check_unique
@@ -262,8 +262,9 @@ class CoordinatedTask(Task):
         options: Mapping[str, Any],
     ) -> str:
         """Claim to be the only call. The id of another one that is, or the empty text."""
-        claims = [gate for gate in self.gates.of(arguments, keywords) if gate.kind == "c"]
-        permit = keys.turn("unique", _unique_key(type(self), self.name)(arguments, keywords))
+        gates = self.gates.of(arguments, keywords)
+        claims = [gate for gate in gates if gate.kind == "c"]
+        permits = [gate.state for gate in gates if gate.lock is not None and gate.lock[0] == "unique"]
         countdown = options.get("countdown") or 0
         ttl_ms = _CLAIM_MS + int(float(countdown) * 1_000)
         if unique.until not in ("start", "end") and unique.until is not None:
@@ -271,7 +272,7 @@ class CoordinatedTask(Task):
         try:
             for gate in claims:
                 replaces = unique.on_conflict == "replace"
-                state = permit if unique.until == "end" else gate.state
+                state = permits[0] if unique.until == "end" else gate.state
                 other = self.lot.claim(gate.state, state, id, ttl_ms=ttl_ms, replace=replaces)
                 if other:
                     return other

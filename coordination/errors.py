@@ -51,6 +51,10 @@ class LockLost(LockError):
             f"{what} (fence {fence}) was lost: {reason}. What was done since may have been done beside somebody else; "
             "check the fence where it is written (hold.guard), or undo it"
         )
+        self._message, self.args = str(self), (what, fence, reason)  # of which a result backend rebuilds it
+
+    def __str__(self) -> str:
+        return getattr(self, "_message", None) or super().__str__()
 
 
 class LockUnavailable(LockError):

@@ -389,7 +389,7 @@ class Gates:
 
 
 class _Arguments:
-    """The values of a call's arguments, by their names, with the defaults. As ``Signature.bind``, in a tenth of its time.
+    """A call's arguments by their names, with the defaults: as ``Signature.bind``, in a tenth of its time.
 
     Where a signature is not a plain one, or the arguments do not fit it, ``bind`` itself tells.
     """

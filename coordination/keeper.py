@@ -39,6 +39,10 @@ _GIVE_AGAIN_S = 0.5
 _LONGEST_PAUSE_S = 5.0
 
 
+_Held = tuple[str, str]
+"""What is held, and by which token: all that a task holds it holds by one."""
+
+
 class _Orphan(NamedTuple):
     """What nobody holds, and the server may think that somebody does."""
 
@@ -56,8 +60,8 @@ class Keeper:
     def __init__(self, redis: Connections) -> None:
         self._redis = ref(redis)
         self._address = redis.address
-        self._holds: dict[str, Hold] = {}  # by token; whoever takes one out decides how it ended
-        self._orphans: dict[str, _Orphan] = {}
+        self._holds: dict[_Held, Hold] = {}  # whoever takes one out decides how it ended
+        self._orphans: dict[_Held, _Orphan] = {}
         self.running_under: dict[str, FrameType] = {}
         """Of locks that another process renews for us: the functions that run under them."""
         self._thread: Thread | None = None
@@ -86,13 +90,13 @@ class Keeper:
 
     def keep(self, hold: Hold) -> None:
         """Renew a hold, and see when it is lost."""
-        self._holds[hold.token] = hold
+        self._holds[hold.store.name, hold.token] = hold
         if hold.renewal_due < self._wakes_at:
             self._have_thread()
 
     def let_go(self, hold: Hold) -> bool:
         """Keep it no more. Whether it was kept: of several that ask, one is told so."""
-        return self._holds.pop(hold.token, None) is not None
+        return self._holds.pop((hold.store.name, hold.token), None) is not None
 
     def waits_for_itself(self, store: TurnStore) -> bool:
         """Whether a function that is running on this very stack holds it."""
@@ -104,7 +108,7 @@ class Keeper:
 
     def undo(self, store: TurnStore, token: str, lease_ms: int, *, repeatedly: bool) -> None:
         """An acquire has ended with an exception: whatever came of it is nobody's."""
-        hold = self._holds.get(token)
+        hold = self._holds.get((store.name, token))
         if hold is not None:
             hold.abandon()
         self.give_back(store, token, lease_ms, repeatedly=repeatedly)
@@ -116,9 +120,9 @@ class Keeper:
             repeatedly: until its lease would be over: a request that takes it may still be on its way to a server
                 that hangs.
         """
-        known = self._orphans.get(token)
+        known = self._orphans.get((store.name, token))
         repeatedly = repeatedly or (known is not None and known.repeatedly)
-        self._orphans[token] = _Orphan(store, time.monotonic() + lease_ms / 1_000, repeatedly)
+        self._orphans[store.name, token] = _Orphan(store, time.monotonic() + lease_ms / 1_000, repeatedly)
         self._have_thread()
 
     def closing(self) -> None:
@@ -130,12 +134,12 @@ class Keeper:
         for hold in list(self._holds.values()):
             hold.lose("its connections were closed")
         silent: set[object] = set()
-        for token, orphan in list(self._orphans.items()):
-            self._orphans.pop(token, None)
+        for held, orphan in list(self._orphans.items()):
+            self._orphans.pop(held, None)
             server = server_of(redis, orphan.store.slot) if redis is not None else None
             if server not in silent:
                 try:
-                    orphan.store.give(token, briefly=True)
+                    orphan.store.give(held[1], briefly=True)
                 except (*UNAVAILABLE, RuntimeError) as error:
                     logger.debug("%s ends with its lease: %s", orphan.store.name, error)
                     silent.add(server)
@@ -216,21 +220,21 @@ class Keeper:
 
     def _give_orphans_back(self, redis: Connections, silent: set[object]) -> None:
         now = time.monotonic()
-        for token, orphan in list(self._orphans.items()):
+        for held, orphan in list(self._orphans.items()):
             server = server_of(redis, orphan.store.slot)
             if orphan.due > now or server in silent:
                 continue
             try:
-                orphan.store.give(token, briefly=True)
+                orphan.store.give(held[1], briefly=True)
                 again_s = _GIVE_AGAIN_S if orphan.repeatedly else math.inf
             except (*UNAVAILABLE, RuntimeError) as error:  # RuntimeError: closed meanwhile
                 logger.debug("%s was not given back: %s", orphan.store.name, error)
                 silent.add(server)
                 again_s = _TRY_AGAIN_S
             if now + again_s < orphan.until:
-                self._orphans[token] = orphan._replace(due=now + again_s)
+                self._orphans[held] = orphan._replace(due=now + again_s)
             else:
-                self._orphans.pop(token, None)
+                self._orphans.pop(held, None)
 
     def _renew_due(self, redis: Connections, silent: set[object]) -> None:
         now = time.monotonic()
@@ -272,7 +276,7 @@ class Keeper:
         return True
 
     def _answered(self, hold: Hold, held: bool, sent: float, lease_ms: int) -> None:
-        if hold.token not in self._holds:
+        if (hold.store.name, hold.token) not in self._holds:
             return  # released or lost meanwhile
         if not held:
             hold.lose(NOT_OURS)

@@ -28,6 +28,9 @@ _PATIENCE_US = 25_000
 """A task that may run in so short a time waits in its worker: to park it would take as long."""
 _LEAD_US = 3_000
 """So much before its time a task is woken, for it has a way to go."""
+_WAY_US = 15_000
+"""So much before its time a task is woken that waits for a rate: if it is early it waits in its worker, and what it is
+late is lost to all who come after it. Less than ``_PATIENCE_US``."""
 _LAG_US = 20_000
 """So long a woken task may be on its way without those after it being woken later."""
 _MOST_AT_ONCE = 100
@@ -390,6 +393,7 @@ class ParkingLot:
             most=_MOST_AT_ONCE,
             channel=self.keys.channel,
             lag_us=_LAG_US,
+            way_us=_WAY_US,
         )
 
     def put_off(self, line: str) -> None:
@@ -446,8 +450,12 @@ class ParkingLot:
                 return bool(woken)
             line = at.decode()
 
-    def forget(self, id: str) -> bool:
-        """Know nothing more of a parked task: it was revoked where it came. Whether it was known."""
+    def forget(self, id: str, *, if_sent: bool = False) -> bool:
+        """Know nothing more of a parked task. Whether it was known.
+
+        Arguments:
+            if_sent: only if it has been sent, and has not come to its gates.
+        """
         return _FORGET(
             self.redis.coordination,
             waits=self.keys.waits,
@@ -455,11 +463,20 @@ class ParkingLot:
             woken=self.keys.woken,
             due=self.keys.due,
             id=id,
+            if_sent=int(if_sent),
         )
+
+    def died(self, attempt: Attempt, gates: Sequence[GateCall]) -> None:
+        """A process has died that had not asked the gates of its task: Celery has said that it failed."""
+        if self.forget(attempt.id, if_sent=True):
+            self._hand_on(attempt, gates)
 
     def revoked(self, attempt: Attempt, gates: Sequence[GateCall]) -> None:
         """Know nothing more of a task that was revoked where it came, and hand on what it was granted on its way."""
         self.forget(attempt.id)
+        self._hand_on(attempt, gates)
+
+    def _hand_on(self, attempt: Attempt, gates: Sequence[GateCall]) -> None:
         permits = [[gate.state, gate.second, gate.count] for gate in gates if gate.kind == "p"]
         if permits:
             told = ["-"] * len(permits)

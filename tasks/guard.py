@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from threading import Event, Thread
@@ -256,6 +257,16 @@ class Guard:
             if known is not None and known.is_of(one.pid) and lot.crashed(one.token, known):
                 self.crashed += 1
                 logger.warning("task %s[%s] has died: what it held is given back", one.task.name, one.id)
+            elif known is None:
+                self._died_on_its_way(lot, one)
+
+    def _died_on_its_way(self, lot: ParkingLot, one: _Running) -> None:
+        """It may have been woken, and granted something; what Celery does of it now is a call of its own."""
+        request = one.request()
+        if request is not None:
+            with suppress(TypeError, ValueError):  # arguments that the task does not take: it was granted nothing
+                retries = request.request_dict.get("retries") or 0
+                lot.died(Attempt(one.id, retries), one.task.gates.of(request.args or (), request.kwargs or {}))
 
     def _ask(
         self, what: Callable[[ParkingLot, Sequence[_Running]], None], lot: ParkingLot, some: list[_Running]

@@ -4,10 +4,11 @@
 -- Wake those of a line that may go now.
 --
 -- KEYS: line, order, state, second, wakes, waits, woken, gates, due
--- ARGV: kind, count, span, rest, part, lease_ms, lead_us, most, channel, lag_us
+-- ARGV: kind, count, span, rest, part, lease_ms, lead_us, most, channel, lag_us, way_us
 -- RETURNS: how many were woken
 -- kind, count, span, rest, part, second: of the gate, as in task_admit.lua. wakes: the state of a rate as it will be when
--- all that were woken have come. lead_us: how much before its time one is woken. most: no more than so many at once.
+-- all that were woken have come. lead_us: how much before its time one is woken, and
+-- way_us the same for a rate, whose time is lost if nobody is there. most: no more than so many at once.
 --
 -- One script, because a permit is handed to the first of the line in the moment it is free, and because two who serve
 -- one line must not wake two for one token.
@@ -93,7 +94,7 @@ else
     local span, rest, part = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
     local limit = rate_limit(state, now, kind, count, span, rest, part)
     local coming = rate_limit(wakes, now, kind, count, span, rest, part)
-    local blocked, lag_us = tonumber(redis.call("GET", second) or 0), tonumber(ARGV[10])
+    local blocked, lag_us, way_us = tonumber(redis.call("GET", second) or 0), tonumber(ARGV[10]), tonumber(ARGV[11])
     while true do
         local id, entry = park_first(line, order, waits)
         if not id then
@@ -104,8 +105,8 @@ else
         if started > earliest + lag_us then
             earliest = started
         end
-        if earliest > now + lead_us or done >= most then
-            look_at = done >= most and now or earliest
+        if earliest > now + way_us or done >= most then
+            look_at = done >= most and now or earliest - way_us + lead_us
             break
         end
         coming.charge(amount, math.max(earliest, now), "")

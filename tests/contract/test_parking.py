@@ -217,7 +217,10 @@ def test_a_permit_is_handed_on_in_the_order_in_which_they_came(yard, all_end):
 
 
 def test_a_newcomer_does_not_overtake_those_who_wait(yard, all_end):
-    """Also while the permit lies there: between a release and the pump."""
+    """Also while the permit lies there, because no pump listens."""
+    yard.ears.disconnect()
+    yard.ears.can_read = lambda timeout: False
+    eventually(lambda: yard.client.pubsub_numsub(yard.lot.keys.channel)[0][1] == 0, "nobody listens")
     gates = yard.gates(lock="a")
     running = yard.run("a", gates)
     yard.park("b", gates)
@@ -660,10 +663,12 @@ def test_what_is_noted_as_sent_is_what_was_sent_and_nothing_newer(yard, all_end)
         yard.lot.serve(line, Served.read(definition))
     (woken,) = yard.lot.next().woken
     assert isinstance(yard.come(woken, ab), Parked)
+    yard.lot.end(on_b)
+    for line, definition in yard.lot.next().lines:
+        yard.lot.serve(line, Served.read(definition))
     yard.lot.sent([woken], forget=[True])
 
-    assert [one.id for one in yard.lot.waiting()] == ["it"]
-    yard.lot.end(on_b)
+    assert [(one.id, one.woken) for one in yard.lot.waiting()] == [("it", True)]
     assert yard.drain(lambda _: ab) == ["it"]
 
 

@@ -200,7 +200,7 @@ def test_the_next_in_line_starts_when_a_running_task_is_revoked(crew: Crew, tag:
         first.get(timeout=PATIENCE_S)
 
 
-@pytest.mark.parametrize("task", ["rejected", "retried"])
+@pytest.mark.parametrize("task", ["rejected", pytest.param("retried", marks=pytest.mark.storm)])
 def test_a_task_that_comes_again_after_its_process_was_killed_runs_again(crew: Crew, tag: str, task: str) -> None:
     """It finds nothing of its first attempt in its way; and the one that waited for it runs too, not beside it."""
     first, began, second = first_and_second(crew, tag, task)

@@ -86,7 +86,7 @@ class Crew:
         return sum(not one.woken for one in self.lot.waiting())
 
     def left(self) -> list[str]:
-        """What should not be in Redis when all has ended. Claims for a period, rates, turns and ends may, with a TTL."""
+        """What should not be in Redis when all has ended. Claims, rates, turns and ends may, with a TTL."""
         leads = f"petiole:1:turn:{{parking:{self.lot.keys.namespace}}}"
         keys = [key for key in self.notes.scan_iter("petiole:*", count=1_000) if not key.startswith(leads)]
         wrong = [key for key in keys if ":parked" in key or ":order" in key]

@@ -1,4 +1,4 @@
-"""A shared task. Every app of a process that imports this has it, so only workers do; its Redis is the environment's."""
+"""A shared task. Every app of a process that imports this has it, so only workers do."""
 
 from petiole.coordination.coordinated import coordinated_task
 
