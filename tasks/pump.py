@@ -152,19 +152,26 @@ class Pump:
     def _send(self, woken: Sequence[Woken]) -> None:
         if not woken:
             return
+        handed: list[Woken] = []
         noted: list[Woken] = []
         one: Woken | None = None
         try:
-            with self._app.producer_or_acquire() as producer:
-                for one in sorted(woken, key=lambda one: one.id == self._failed):
-                    try:
-                        parked_messages.send(self._app, producer, one, revoked=one.verdict == "x")
-                    except (KeyError, TypeError, ValueError) as error:
-                        logger.error("task %s cannot be sent, and stays parked: %s", one.id, error)
-                    noted.append(one)
-        except Exception as error:  # noqa: BLE001  # each transport has errors of its own
-            logger.warning("the broker did not take %d parked tasks: %s", len(woken) - len(noted), error)
-            self._failed = "" if one is None else one.id
+            with self._app.producer_or_acquire() as producer, producer.batch():  # which is sent when it is left
+                try:
+                    for one in sorted(woken, key=lambda one: one.id == self._failed):
+                        try:
+                            parked_messages.send(self._app, producer, one, revoked=one.verdict == "x")
+                        except (KeyError, TypeError, ValueError) as error:
+                            logger.error("task %s cannot be sent, and stays parked: %s", one.id, error)
+                        handed.append(one)
+                    self._failed = ""
+                except Exception as error:  # noqa: BLE001  # each transport has errors of its own
+                    self._failed = "" if one is None else one.id
+                    logger.warning("the broker did not take %d parked tasks: %s", len(woken) - len(handed), error)
+                    self._stopping.wait(_PAUSE_S)
+            noted = handed
+        except Exception as error:  # noqa: BLE001
+            logger.warning("the broker did not take %d parked tasks: %s", len(woken), error)
             self._stopping.wait(_PAUSE_S)
         finally:
             if noted:

@@ -21,7 +21,7 @@ local done, look_at = 0, nil
 
 local function wake(id, entry)
     park_leave(line, order, id, entry.fair, true)
-    park_wake(waits, woken, id, entry, "-", now)
+    park_wake(waits, woken, id, entry, "-", now + done) -- so they are sent in this order
     done = done + 1
 end
 

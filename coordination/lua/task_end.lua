@@ -39,10 +39,10 @@ for i = 1, count do
     end
     local verdict = ARGV[6 + count + i]
     if verdict ~= "-" and not crashed then
-        for _, follower in ipairs(redis.call("ZRANGE", line, 0, -1)) do
+        for place, follower in ipairs(redis.call("ZRANGE", line, 0, -1)) do
             local entry = park_look(waits, follower)
             if entry and entry.mode == "q" and entry.line == line then
-                park_wake(waits, woken, follower, entry, verdict, now)
+                park_wake(waits, woken, follower, entry, verdict, now + place)
                 told = true
             end
         end
