@@ -45,7 +45,7 @@ check: $(STAMP) ## lint, types, import rules, architecture
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m pytest -q tests/architecture
 
-bench: $(BENCH) ## measure beside others; ONLY=cache|memory|stampede|writes|locks|limits, PLOT=path.svg, MARKDOWN=path.md
+bench: $(BENCH) ## measure beside others; ONLY=cache|memory|stampede|writes|locks|limits|tasks, PLOT=path.svg, MARKDOWN=path.md
 	@$(BIN)/python -m benchmarks --only '$(ONLY)' --plot '$(PLOT)' --markdown '$(MARKDOWN)'
 
 clean: ## remove what was made

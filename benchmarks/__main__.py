@@ -18,11 +18,15 @@ from . import show
 from .admission import measure_admission
 from .caches import measure_caches
 from .contention import measure_contention
+from .hand_off import measure_hand_off
 from .limits import measure_limit_memory, measure_limits
 from .locks import measure_locks
 from .memory import measure_memory
 from .peers import Server
+from .sending import measure_sending
 from .stampede import measure_stampedes
+from .tasks import measure_passing
+from .workers import measure_workers
 from .writes import measure_flush, measure_writes
 
 MEASURED = (
@@ -39,6 +43,9 @@ MEASURED = (
     "limits",
     "pyrate-limiter",
     "throttled-py",
+    "celery",
+    "celery-once",
+    "celery-singleton",
 )
 
 
@@ -109,6 +116,26 @@ def _admission(_console: Console, server: Server, _plot: str) -> show.Rows:
     return show.admitted(measure_admission(server))
 
 
+def _passing(_console: Console, server: Server, _plot: str) -> show.Rows:
+    return show.passed(measure_passing(server))
+
+
+def _solo(_console: Console, server: Server, _plot: str) -> show.Rows:
+    return show.worked(measure_workers(server, "solo"))
+
+
+def _prefork(_console: Console, server: Server, _plot: str) -> show.Rows:
+    return show.worked(measure_workers(server, "prefork"))
+
+
+def _sending(_console: Console, server: Server, _plot: str) -> show.Rows:
+    return show.sent(measure_sending(server))
+
+
+def _hand_off(_console: Console, server: Server, _plot: str) -> show.Rows:
+    return show.handed_off(measure_hand_off(server))
+
+
 class Part(NamedTuple):
     """Some of a section: one table."""
 
@@ -123,6 +150,13 @@ SECTIONS = {
     "writes": [Part(_writes)],
     "locks": [Part(_locks), Part(_contention, pinned=False)],
     "limits": [Part(_limits), Part(_admission, pinned=False)],
+    "tasks": [
+        Part(_passing),
+        Part(_solo),
+        Part(_prefork, pinned=False),
+        Part(_sending),
+        Part(_hand_off, pinned=False),
+    ],
 }
 
 

@@ -1,4 +1,4 @@
-"""Tasks that wait for one thing: how fast it is handed from one to the next, what that asks of Redis, what one takes there.
+"""Tasks that wait for one thing: how fast it is handed on, what that asks of Redis, and what one of them takes there.
 
 All that they wait for is held until the last of them waits, and then given back at once. What is counted begins there,
 and ends when the last body has run. The commands are those of the server that gates are asked on; the broker has one of
@@ -19,16 +19,16 @@ from petiole.cachelib import EmbeddedServer
 from .monitor import Monitor
 from .peers import PETIOLE, Server
 from .task_peers import AT_ONCE
-from .waiting_peers import LOCK, PERMITS, POLL_S, RUNS, WaitingPeers, waiting_peers
-from .task_peers import AT_ONCE
+from .waiting_peers import LOCK, PERMITS, POLL_S, REFUSED, RUNS, WaitingPeers, waiting_peers
 from .workers import worker
 
 _POOL = "prefork"
-_WAITING = 300
+_WAITING = 200
 _ROUNDS = 3
 _LOOK_S = 0.005
 _PATIENCE_S = 90.0
 _HELD_S = 600
+_IDLE_S = 2.0
 
 
 class HandedOff(NamedTuple):
@@ -39,6 +39,8 @@ class HandedOff(NamedTuple):
     started_per_s: float
     commands: float
     """For each task."""
+    idle_commands_per_s: float
+    """Of all that wait together, while nothing is given back."""
     bytes: int | None
     """Of one that waits, on the server that gates are asked on; None for those that wait elsewhere."""
 
@@ -46,6 +48,7 @@ class HandedOff(NamedTuple):
 class _Round(NamedTuple):
     seconds: float
     commands: int
+    idle_commands: int
     bytes: int
 
 
@@ -84,31 +87,38 @@ class _Measuring:
         timed = [self._round(task, held) for _ in range(_ROUNDS)]
         with Monitor(self._gates) as monitor:
             counted = self._round(task, held, monitor)
-        took_s = statistics.median(one.seconds for one in timed)
         parked = task is not self._peers.polling
         return HandedOff(
-            what, who, _WAITING / took_s, counted.commands / _WAITING, timed[0].bytes // _WAITING if parked else None
+            what,
+            who,
+            _WAITING / statistics.median(one.seconds for one in timed),
+            counted.commands / _WAITING,
+            counted.idle_commands / _IDLE_S,
+            timed[0].bytes // _WAITING if parked else None,
         )
 
     def _round(self, task: Any, held: Callable[[], Any], monitor: Monitor | None = None) -> _Round:
-        self._broker.delete(RUNS)
+        self._broker.delete(RUNS, REFUSED)
         with held():
             before = self._memory()
             for number in range(_WAITING):
                 task.apply_async((number,), queue=_POOL)
             self._until(lambda: self._waiting(task) >= _WAITING)
             taken = self._memory() - before
+            idle_commands = 0
             if monitor is not None:
                 monitor.count()
+                time.sleep(_IDLE_S)
+                idle_commands = monitor.count()
             began = time.monotonic()
         self._until(lambda: int(self._broker.get(RUNS) or 0) >= _WAITING)
         took_s = time.monotonic() - began
-        return _Round(took_s, monitor.count() if monitor is not None else 0, taken)
+        return _Round(took_s, monitor.count() if monitor is not None else 0, idle_commands, taken)
 
     def _waiting(self, task: Any) -> int:
         """How many wait, as far as can be told from outside."""
         if task is self._peers.polling:
-            return _WAITING if self._broker.llen(_POOL) == 0 else 0
+            return int(self._broker.get(REFUSED) or 0)
         return int(task.lot.counts()["parked"])
 
     def _memory(self) -> int:

@@ -10,10 +10,13 @@ from rich.table import Table
 
 from .admission import RATE, SECONDS, Admitted
 from .contention import Contended
+from .hand_off import HandedOff
 from .measure import Measured
 from .memory import Taken
 from .peers import PETIOLE
 from .stampede import LOAD_S, Crowd
+from .task_peers import PLAIN
+from .workers import Worked
 
 _BAR = 36
 _MISSING = "–"  # noqa: RUF001
@@ -99,6 +102,46 @@ def admitted(found: Sequence[Admitted]) -> Rows:
         [rate, "decisions/s", f"let through (the rate: {ideal})", "most within 1 s"],
         *([one.who, f"{one.decisions_per_s:,.0f}", f"{one.admitted:,}", f"{one.most_in_1_s:,}"] for one in found),
     ]
+
+
+def passed(found: Sequence[Measured]) -> Rows:
+    """What stands around the body of a task, in the process that runs it."""
+    plain = next(one for one in found if one.who == PLAIN)
+    rows = [["one task, without a broker", "ratio to the floor", "half of the rounds", "µs", "more than plain, µs"]]
+    for one in found:
+        texts = [ratio_text(one.ratio), f"{ratio_text(one.low)} to {ratio_text(one.high)}", f"{one.us:,.0f}"]
+        rows.append([one.who, *texts, f"{one.us - plain.us:,.0f}"])
+    floor_us = statistics.median(one.floor_us for one in found)
+    return [*rows, ["the floor", "1", "", f"{floor_us:,.0f}", ""]]
+
+
+def worked(found: Sequence[Worked]) -> Rows:
+    """What a task takes in a worker, beside a plain one."""
+    rows = [[f"one task in a worker, {found[0].pool}", "ratio to plain", "half of the rounds", "µs", "tasks/s"]]
+    for one in found:
+        texts = [ratio_text(one.ratio), f"{ratio_text(one.low)} to {ratio_text(one.high)}", f"{one.us:,.0f}"]
+        rows.append([one.who, *texts, f"{1e6 / one.us:,.0f}"])
+    return rows
+
+
+def sent(found: Sequence[Measured]) -> Rows:
+    """What it takes to send a task."""
+    rows = [["sending", "ratio to the floor", "half of the rounds", "µs"]]
+    for one in found:
+        texts = [ratio_text(one.ratio), f"{ratio_text(one.low)} to {ratio_text(one.high)}", f"{one.us:,.0f}"]
+        rows.append([f"{one.operation}: {one.who}", *texts])
+    floor_us = statistics.median(one.floor_us for one in found)
+    return [*rows, ["the floor", "1", "", f"{floor_us:,.0f}"]]
+
+
+def handed_off(found: Sequence[HandedOff]) -> Rows:
+    """What it took until all that waited had run."""
+    rows = [["tasks that wait for", "started/s", "commands each", "commands/s while they wait", "bytes each"]]
+    for one in found:
+        taken = _MISSING if one.bytes is None else f"{one.bytes:,}"
+        texts = [f"{one.started_per_s:,.0f}", f"{one.commands:.1f}", f"{one.idle_commands_per_s:,.1f}", taken]
+        rows.append([f"{one.what}: {one.who}", *texts])
+    return rows
 
 
 def markdown(rows: Rows) -> str:

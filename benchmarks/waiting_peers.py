@@ -1,4 +1,4 @@
-"""Tasks that wait for one thing: in Redis, until they are sent again; or, as a mark, by asking for it again and again."""
+"""Tasks that wait for one thing: parked in Redis; or, as a mark, asking for it again and again."""
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -14,8 +14,10 @@ from .task_peers import AT_ONCE
 
 RUNS = "bench:runs"
 """On the broker's server: how many bodies have run."""
+REFUSED = "bench:refused"
+"""There, too: how often a task that asks again and again was refused."""
 LOCK, PERMITS = "bench:one", "some"
-POLL_S = 0.2
+POLL_S = 1
 
 
 class WaitingPeers(NamedTuple):
@@ -46,6 +48,7 @@ def waiting_peers(stack: ExitStack, broker: str, gates: str) -> WaitingPeers:
     def poll(self: Any, number: int) -> None:  # noqa: ARG001
         lock = asked.lock(LOCK, timeout=30)
         if not lock.acquire(blocking=False):
+            runs.incr(REFUSED)
             raise self.retry(countdown=POLL_S)
         try:
             runs.incr(RUNS)

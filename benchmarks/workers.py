@@ -1,7 +1,7 @@
 """Real workers: what one task takes in one, from its queue to its acknowledgement, beside a plain one.
 
-The idea: all that is to be measured lies in one queue before the worker begins, in blocks that are put in an order drawn
-anew in each round. The worker goes through it, and the length of the queue tells when it has come to the end of a
+The idea: all that is to be measured lies in one queue before the worker begins, in blocks, in an order that is drawn
+anew for each round. The worker goes through it, and the length of the queue tells when it has come to the end of a
 block. So all are measured in one worker, within seconds of one another, and nothing is asked of the tasks. The
 invariant: a block is only judged beside the plain one of its own round.
 """
@@ -29,7 +29,7 @@ BROKER, GATES = "PETIOLE_BENCH_BROKER", "PETIOLE_BENCH_GATES"
 """In the environment of a worker: the address of the broker, and of the server that gates are asked on, if another."""
 
 POOLS = {"solo": ("-P", "solo"), "prefork": ("-P", "prefork", "-c", "2")}
-_ROUNDS = 15
+_ROUNDS = 12
 _BLOCK = 80
 _LOOK_S = 0.002
 _START_S = 30.0
@@ -78,7 +78,7 @@ def measure_workers(server: Server, pool: str, whose: Sequence[str] = ()) -> lis
         with worker(pool, pool, server.url):
             ends = _ends(client, pool, len(blocks))
         client.flushall()
-    return _judged(blocks, ends, pool)
+    return _judged([*tasks], blocks, ends, pool)
 
 
 def _send(tasks: Mapping[str, Any], blocks: Sequence[str], queue: str) -> None:
@@ -115,15 +115,15 @@ def _crossing(left: Sequence[int], seen_at: Sequence[float], mark: int) -> float
     return seen_at[after - 1] + share * (seen_at[after] - seen_at[after - 1])
 
 
-def _judged(blocks: Sequence[str], ends: Sequence[float], pool: str) -> list[Worked]:
-    each = len(set(blocks))
+def _judged(whose: Sequence[str], blocks: Sequence[str], ends: Sequence[float], pool: str) -> list[Worked]:
+    each = len(whose)
     took_us = [(end - start) / _BLOCK * 1e6 for start, end in pairwise(ends)]
     rounds = [
         dict(zip(blocks[first : first + each], took_us[first - 1 :], strict=False))
         for first in range(1, len(blocks), each)
     ]
     found = []
-    for who in dict.fromkeys(blocks):
+    for who in whose:
         ratios = [one[who] / one[PLAIN] for one in rounds]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         found.append(Worked(who, pool, middle, low, high, statistics.median(one[who] for one in rounds)))

@@ -7,11 +7,14 @@ task that they refuse, ``gates.py`` for what can be declared, ``parking.py`` for
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, cast
+from contextlib import suppress
+from datetime import datetime
+from typing import Any, ClassVar, Literal, cast, get_args
 from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 from celery import Celery, Task, shared_task
+from celery.exceptions import Ignore
 from celery.result import AsyncResult
 
 from ..cachelib import MISS, Cache, Connections, connect
@@ -22,8 +25,8 @@ from ..cachelib.errors import CachelibError
 from ..cachelib.templates import signature_of
 from . import parked_messages, passing
 from .admitted import Admitted
-from .errors import DuplicateTask
-from .gates import Concurrency, GateCall, Gates, OnConflict, Pause, Rate, Unique, WhenFull, check_unique
+from .errors import DuplicateTask, RateLimited
+from .gates import Concurrency, GateCall, Gates, OnConflict, Pause, Rate, Unique, Until, WhenFull, check_unique
 from .hold import lease_of
 from .losing import run_until_lost
 from .memo_keys import MemoKeys, restoring
@@ -35,14 +38,15 @@ logger = logging.getLogger(__name__)
 
 OnLost = Literal["mark", "terminate"]
 
-WORKER_STEP = "petiole.tasks.coordination_step:CoordinationStep"
-"""What the workers of an app with coordinated tasks load: it wakes what is parked, and renews leases."""
+_WORKER_STEP = "petiole.tasks.coordination_step:CoordinationStep"
+_CONSUMER_STEP = "petiole.tasks.coordination_step:WokenQueues"
 
 PREFIX = "gate_"
 _DECLARED = ("lock", "concurrency", "rate", "unique", "debounce")
 _CLAIM_MS = 3_600_000
 """So long a call that is unique may take from when it is due until it starts; then another one may be sent."""
-_JOINED_TTL = "1h"
+_JOINED_S = 600.0
+"""So long the result of a call is kept for those that waited for it to end."""
 
 _lots: "WeakKeyDictionary[Connections, dict[str, ParkingLot]]" = WeakKeyDictionary()
 _connections: "WeakKeyDictionary[Celery, Connections]" = WeakKeyDictionary()
@@ -76,12 +80,15 @@ class CoordinatedTask(Task):
     gate_lease: ClassVar[Duration] = 30
     gate_on_lost: ClassVar[OnLost] = "mark"
 
+    dont_autoretry_for: ClassVar[tuple[type[Exception], ...]] = (RateLimited,)
+    """It is for the gates, and no failure."""
+
     @classmethod
     def on_bound(cls, app: Celery) -> None:
         """Check the options when the task is declared, not when it runs."""
         super().on_bound(app)
         if cls.run is not Task.run and _gates_of(cls, app):
-            app.steps["worker"].add(WORKER_STEP)
+            add_steps(app)
 
     @property
     def gates(self) -> Gates:
@@ -111,8 +118,9 @@ class CoordinatedTask(Task):
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         if not self.gates:
+            self._leave_lot()
             return super().__call__(*arguments, **keywords)
-        return self._pass_gates(arguments, keywords, self._body_of(arguments, keywords))
+        return without_frames(lambda: self._pass_gates(arguments, keywords, self._body_of(arguments, keywords)))
 
     def apply_async(
         self,
@@ -138,6 +146,8 @@ class CoordinatedTask(Task):
         bare = task_id is None and not link and not link_error and not _IN_CANVAS & options.keys()
         chosen = task_id or uuid4().hex
         other = self._claim(unique, args or (), kwargs or {}, chosen, options)
+        if not other and task_id is not None and unique.on_conflict == "join" and not options.get("retries"):
+            self._forget_joined(task_id)  # of an earlier call that had the same id
         if other and bare and unique.on_conflict == "drop":
             return AsyncResult(other, backend=self.backend, app=self.app)
         if other and bare and unique.on_conflict == "raise":
@@ -218,10 +228,17 @@ class CoordinatedTask(Task):
             if value is not MISS:
                 self._counters.add("joined")
                 return value
+        try:
+            gates = self.gates.of(arguments, keywords)
+        except (TypeError, ValueError):
+            self._leave_lot()
+            raise
+        if parked_messages.header_of(running).get("again") and not any(_is_unique(gate) for gate in gates):
+            gates = [gate for gate in gates if gate.kind != "c"]  # it has started once
         return Passage(
             self,
             self.lot,
-            [*([memo] if memo is not None else ()), *self.gates.of(arguments, keywords)],
+            [*([memo] if memo is not None else ()), *gates],
             arguments,
             keywords,
             lease_of(self.gate_lease),
@@ -229,29 +246,50 @@ class CoordinatedTask(Task):
             body if self.gate_on_lost == "mark" else lambda: run_until_lost(self.admission, body),
             self._joined,
             self._verdict_of,
+            lambda: self._reclaim(arguments, keywords),
             alone=memo is not None and not self.gates,
         ).go()
+
+    def _forget_joined(self, id: str) -> None:
+        with suppress(CachelibError, RuntimeError, *UNAVAILABLE):
+            _joined_cache(self.lot).delete(f"{self.name}:{id}")
+
+    def _leave_lot(self) -> None:
+        """This delivery was woken, and will not ask its gates: it has none any more, or they are others."""
+        request = self.request_stack.top
+        if request is not None and parked_messages.generation_of(request):
+            with suppress(RuntimeError, *UNAVAILABLE):
+                self.lot.forget(request.id)
 
     def _joined(self, verdict: str) -> Any:
         """The result of the call that a verdict names; ``MISS`` when it is not known any more."""
         if not verdict.startswith("j"):
             return MISS
         try:
-            return _joined_cache(self.lot).get(verdict[1:], MISS)
+            return _joined_cache(self.lot).get(f"{self.name}:{verdict[1:]}", MISS)
         except (CachelibError, *UNAVAILABLE):
             return MISS
 
-    def _verdict_of(self, value: Any) -> str:
+    def _verdict_of(self, value: Any, nonce: str) -> str:
         """Keep the result for those that wait to end with it."""
         unique = _unique_of(type(self))
         if unique is None or unique.on_conflict != "join" or self.request.called_directly:
             return "-"
+        # Of a call that is the only one from when it is sent, others know the id; of one that runs, its run.
+        place = f"{self.request.id}.{nonce}" if unique.until is None else self.request.id
+        ttl_s = _JOINED_S if unique.until is None else max(_CLAIM_MS, _claim_ms(unique)) / 1_000
         try:
-            kept = _joined_cache(self.lot).set(self.request.id, value, ttl=_JOINED_TTL)
+            kept = _joined_cache(self.lot).set(f"{self.name}:{place}", value, ttl=ttl_s)
         except (CachelibError, TypeError, ValueError, *UNAVAILABLE) as error:
             logger.warning("%s: others cannot end with its result, and will run: %s", self.name, error)
             return "-"
-        return f"j{self.request.id}" if kept is not False else "-"
+        return f"j{place}" if kept is not False else "-"
+
+    def _reclaim(self, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None:
+        """Claim once more to be the only call: it has to come again."""
+        unique = _unique_of(type(self))
+        if unique is not None and unique.until == "end":
+            self._claim(unique, arguments, keywords, self.request.id, {"retries": 1})
 
     def _claim(
         self,
@@ -264,14 +302,14 @@ class CoordinatedTask(Task):
         """Claim to be the only call. The id of another one that is, or the empty text."""
         gates = self.gates.of(arguments, keywords)
         claims = [gate for gate in gates if gate.kind == "c"]
-        permits = [gate.state for gate in gates if gate.lock is not None and gate.lock[0] == "unique"]
-        countdown = options.get("countdown") or 0
-        ttl_ms = _CLAIM_MS + int(float(countdown) * 1_000)
-        if unique.until not in ("start", "end") and unique.until is not None:
-            ttl_ms = milliseconds(unique.until, "until")
+        permits = [gate.state for gate in gates if _is_unique(gate)]
+        ttl_ms = _claim_ms(unique)
+        if unique.until in get_args(Until):
+            ttl_ms += int(_seconds_until_due(options) * 1_000)
         try:
             for gate in claims:
-                replaces = unique.on_conflict == "replace"
+                sent_before = options.get("retries") or _said_by_us(options)
+                replaces = unique.on_conflict == "replace" and not sent_before
                 state = permits[0] if unique.until == "end" else gate.state
                 other = self.lot.claim(gate.state, state, id, ttl_ms=ttl_ms, replace=replaces)
                 if other:
@@ -279,6 +317,29 @@ class CoordinatedTask(Task):
         except UNAVAILABLE as error:
             logger.warning("%s: whether it is the only call is decided in the worker: %s", self.name, error)
         return ""
+
+
+def _is_unique(gate: GateCall) -> bool:
+    return gate.lock is not None and gate.lock[0] == "unique"
+
+
+def _claim_ms(unique: Unique) -> int:
+    if unique.until is None or unique.until in get_args(Until):
+        return _CLAIM_MS
+    return milliseconds(unique.until, "until")
+
+
+def _said_by_us(options: Mapping[str, Any]) -> bool:
+    """Whether a call is sent again that was sent before: it could not be asked for, or has to come later."""
+    said = (options.get("headers") or {}).get(parked_messages.HEADER)
+    return isinstance(said, dict) and bool(said.get("postponed") or said.get("again"))
+
+
+def _seconds_until_due(options: Mapping[str, Any]) -> float:
+    eta = options.get("eta")
+    if isinstance(eta, datetime):
+        return max(0.0, (eta - datetime.now(eta.tzinfo)).total_seconds())
+    return max(0.0, float(options.get("countdown") or 0))
 
 
 _IN_CANVAS = {"chain", "chord", "group_id", "reply_to", "replaced_task_nesting"}
@@ -352,6 +413,8 @@ def coordinated_task(
     if on_lost not in ("mark", "terminate"):
         raise ValueError(f"on_lost={on_lost!r} is unknown; there are mark, terminate")
     lease_of(lease)
+    if options.get("dont_autoretry_for"):
+        options["dont_autoretry_for"] = (*options["dont_autoretry_for"], RateLimited)
 
     def decorate(function: Callable[..., Any]) -> CoordinatedTask:
         parent = base or (app.Task if app is not None else Task)
@@ -363,6 +426,24 @@ def coordinated_task(
         return cast("CoordinatedTask", app.task(base=kind, **{"shared": False, **options})(function))
 
     return decorate
+
+
+def add_steps(app: Celery) -> None:
+    """Have the workers of an app wake what is parked, and renew leases. Loaded by name, in the worker."""
+    app.steps["worker"].add(_WORKER_STEP)
+    app.steps["consumer"].add(_CONSUMER_STEP)
+
+
+def without_frames(call: Callable[[], Any]) -> Any:
+    """The result of a call; an exception that ends a delivery comes without its frames.
+
+    Celery pickles them for its main process, and nobody reads them: half of what it costs to park a task.
+    """
+    try:
+        return call()
+    except Ignore as ignored:
+        ended = ignored
+    raise ended.with_traceback(None)
 
 
 def lot_of(app: Celery, redis: Connections | None) -> ParkingLot:

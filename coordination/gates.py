@@ -26,7 +26,7 @@ OnConflict = Literal["join", "drop", "raise", "replace"]
 Until = Literal["start", "end"]
 
 _POLICIES: dict[str, str] = {"reject": "r", "drop_oldest": "o", "drop_newest": "n"}
-_CONFLICTS: dict[str, tuple[int, str]] = {"join": (-1, "r"), "drop": (0, "n"), "raise": (0, "r"), "replace": (1, "o")}
+_CONFLICTS: dict[str, tuple[int, str]] = {"join": (-1, "r"), "drop": (0, "n"), "raise": (0, "r"), "replace": (1, "l")}
 """How many may wait for the one that runs, and what becomes of one more."""
 _KEYED_RATE = re.compile(r"(.*\{.*\}.*?)\s*:\s*([0-9]+/[0-9]*[smhd])", re.DOTALL)
 _LARGEST = 1_000_000
@@ -356,7 +356,7 @@ class Gates:
             self._makers.append(claim)
         if unique.until == "start" or (unique.until not in (None, "end") and unique.on_conflict != "join"):
             return
-        most, when_full = {"join": (-1, "r"), "drop": (0, "n"), "raise": (0, "r"), "replace": (1, "o")}[
+        most, when_full = {"join": (-1, "r"), "drop": (0, "n"), "raise": (0, "r"), "replace": (1, "l")}[
             unique.on_conflict
         ]
 
@@ -382,7 +382,7 @@ class Gates:
             state = keys.debounced_task(self._task, key or EVERYBODY)
             return GateCall(
                 "d", f"pause of {self._task!r}" + (f" for {key!r}" if key else ""), state, state, span=pause_us,
-                rest=longest_us, most=1, policy="o", template=pause.key,
+                rest=longest_us, most=1, policy="l", template=pause.key,
             )  # fmt: skip
 
         self._makers.append(make)

@@ -47,6 +47,14 @@ def turn(kind: str, name: str) -> str:
     return f"{LAYOUT}:turn:{{{escaped_name(kind, 'kind')}:{escaped(name, 'name')}}}"
 
 
+def needs_no_fence(turn: str) -> bool:
+    """Whether it is the permit of calls that are the same: of those there is one state for each key, and no end."""
+    return turn.startswith(_WITHOUT_FENCE)
+
+
+_WITHOUT_FENCE = tuple(turn(kind, "*").partition("*")[0] for kind in ("memo", "unique"))
+
+
 def turns_matching(kind: str, pattern: str) -> str:
     """A pattern for SCAN that finds the hashes of ``turn``."""
     return turn(kind, pattern)

@@ -15,7 +15,7 @@ from celery.result import AsyncResult
 from ..cachelib import MISS, Cache
 from ..cachelib.durations import Duration
 from . import memo_refresh, parked_messages, passing
-from .coordinated import WORKER_STEP, CoordinatedTask, lot_of
+from .coordinated import CoordinatedTask, add_steps, lot_of, without_frames
 from .gates import memo_gate
 from .guarded import is_guarded
 from .memo_keys import Call, MemoKeys
@@ -61,7 +61,7 @@ class MemoizedTask(CoordinatedTask):
         """Check the options when the task is declared, not when it runs."""
         super().on_bound(app)
         if cls.run is not Task.run and _found(cls) is not None:
-            app.steps["worker"].add(WORKER_STEP)
+            add_steps(app)
 
     @property
     def is_coordinated(self) -> bool:
@@ -163,16 +163,16 @@ class MemoizedTask(CoordinatedTask):
         request = self.request
         here = request.called_directly or request.is_eager or request.id is None
         here = here or passing.stand_in is not None or memo.cache.redis.is_cluster
-        if here or not is_guarded(self.lot.keys.namespace):
+        if here or not is_guarded(self.name, self.lot.redis.address):
             return memo.lead_or_wait(call, run)
         if not parked_messages.generation_of(request):  # else the lot knows of it, and is asked first
             value = memo.look(call)
             if value is not MISS:
                 return value
         body = self._body_of(call.arguments, call.keywords)
-        return self._pass_gates(
-            call.arguments, call.keywords, lambda: memo.lead_or_wait(call, body), memo=memo_gate(call.key)
-        )
+        lead = partial(memo.lead_or_wait, call, body)
+        gate = memo_gate(call.key)
+        return without_frames(lambda: self._pass_gates(call.arguments, call.keywords, lead, memo=gate))
 
     def _joined(self, verdict: str) -> Any:
         """As of a coordinated task; and what is remembered."""
@@ -184,10 +184,12 @@ class MemoizedTask(CoordinatedTask):
             memo.count("joins")
         return value
 
-    def _verdict_of(self, value: Any) -> str:
-        """Those that wait for the result find it in the cache."""
-        kept = super()._verdict_of(value)
-        return "m" if kept == "-" and self.memo is not None else kept
+    def _verdict_of(self, value: Any, nonce: str) -> str:
+        """Those that wait for the result find it in the cache; if it was not kept, one of them runs."""
+        told, memo = super()._verdict_of(value, nonce), self.memo
+        if told != "-" or memo is None:
+            return told
+        return "m" if memo.peek(memo.call(self.request.args, self.request.kwargs)) is not MISS else "-"
 
     def _call(self, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[Memo, Call]:
         memo = self.memo

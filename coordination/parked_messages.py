@@ -4,23 +4,26 @@ It keeps its id, its place in a chain, group or chord, its retries, its time lim
 whatever the task's serializer is: nothing that comes out of Redis is unpickled.
 """
 
-import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from types import NoneType
 from typing import Any
 
 from celery import Celery, Task
+from kombu import entity
 from kombu.exceptions import DecodeError, EncodeError, SerializerNotInstalled
 from kombu.serialization import registry
 from kombu.utils import json as kombu_json
 
-from .parking import LARGEST_RECORD_BYTES, Woken
+from .parking import LARGEST_RECORD_BYTES, Attempt, Woken
 
 _to_json: Callable[[Any], str] = kombu_json.dumps  # which are not typed
 _from_json: Callable[[bytes], Any] = kombu_json.loads
 _serializers: Any = registry
+_entity: Any = entity
 
+WOKEN = ".woken"
+"""What the names of queues end in from which woken tasks are taken."""
 HEADER = "petiole"
 """The message header of ours: a mapping. ``generation``: of the parking that the message was sent from, and ``of``
 which attempt that was; ``follows``: the id of the call with whose result it may end."""
@@ -33,7 +36,7 @@ def generation_of(request: Any) -> int:
     """Of the parking from which a delivery was woken; 0 for any other."""
     header = header_of(request)
     found = header.get("generation", 0)
-    if type(found) is not int or found < 1 or header.get("of") != f"{request.id}.{request.retries or 0}":
+    if type(found) is not int or found < 1 or header.get("of") != Attempt(request.id, request.retries or 0).token:
         return 0  # a retry carries the header of the delivery that it retries
     return found
 
@@ -57,6 +60,8 @@ def record_of(task: Task, arguments: Any, keywords: Any) -> bytes:
     """
     options = dict(task.signature_from_request(task.request, arguments, keywords).options)
     headers = {name: value for name, value in (options.pop("headers", None) or {}).items() if name != HEADER}
+    if isinstance(options.get("queue"), str):
+        options["queue"] = options["queue"].removesuffix(WOKEN)
     for unwanted in ("redelivered", "consumer_tag", "delivery_tag"):
         options.pop(unwanted, None)
     record = _to_json(
@@ -64,7 +69,7 @@ def record_of(task: Task, arguments: Any, keywords: Any) -> bytes:
             "task": task.name,
             "args": list(arguments),
             "kwargs": dict(keywords),
-            "options": {name: value for name, value in options.items() if value is not None},
+            "options": {name: value for name, value in options.items() if value is not None} | _hidden(task.request),
             "headers": {**headers, HEADER: _lasting(task.request)},
         }
     ).encode()
@@ -89,6 +94,12 @@ def serializer_of(task: Task, arguments: Any, keywords: Any) -> str | None:
         except (SerializerNotInstalled, EncodeError, DecodeError):
             continue
     return None
+
+
+def _hidden(request: Any) -> dict[str, str]:
+    """How the arguments are shown, which may be chosen so that secrets are not."""
+    shown = {name: getattr(request, name, None) for name in ("argsrepr", "kwargsrepr")}
+    return {name: text for name, text in shown.items() if isinstance(text, str)}
 
 
 def _lasting(request: Any) -> dict[str, Any]:
@@ -130,15 +141,18 @@ def expires_in_us(request: Any) -> int:
     return max(1, int((at - datetime.now(UTC)).total_seconds() * 1_000_000))
 
 
+def task_of(woken: Woken) -> str:
+    """The name of a woken task. Raises ``ValueError`` for a record that is none."""
+    return str(_read(woken)["task"])
+
+
 def send(app: Celery, producer: Any, woken: Woken, *, revoked: bool) -> None:
     """Send a woken task. Raises what the broker's transport raises, and ``ValueError`` for a record that is none.
 
     Arguments:
         revoked: send it as one that has expired: whichever worker takes it marks it as revoked, with all that follows.
     """
-    read = _from_json(woken.record)
-    if not isinstance(read, dict) or not isinstance(read.get("task"), str):
-        raise ValueError(f"the record of {woken.id} is none")
+    read = _read(woken)
     name, arguments, keywords = read["task"], read["args"], read["kwargs"]
     options = dict(read["options"])
     address = {name: options.pop(name) for name in _ADDRESS if name in options}
@@ -147,6 +161,8 @@ def send(app: Celery, producer: Any, woken: Woken, *, revoked: bool) -> None:
     if revoked:
         options["expires"] = _LONG_AGO
     options.setdefault("task_id", woken.id)
+    accepted = [_serializers.type_to_name.get(name, name) for name in app.conf.accept_content]
+    serializer = "json" if "json" in accepted else app.conf.task_serializer
     message = app.amqp.create_task_message(
         options.pop("task_id"),
         name,
@@ -156,17 +172,32 @@ def send(app: Celery, producer: Any, woken: Woken, *, revoked: bool) -> None:
         errbacks=_signatures(app, options.pop("link_error", None)),
         **options,
     )
-    routed = app.amqp.router.route(address, name, arguments, keywords)
-    app.amqp.send_task_message(producer, name, message, headers=headers, serializer="json", **routed)
+    routed = app.amqp.router.route(_place(address, woken), name, arguments, keywords)
+    app.amqp.send_task_message(producer, name, message, headers=headers, serializer=serializer, **routed)
+
+
+def woken_queue(queue: str) -> Any:
+    """Where what was parked by those who take from a queue comes back to them: not behind all that lies there."""
+    name = f"{queue}{WOKEN}"
+    return _entity.Queue(name, _entity.Exchange(name, type="direct"), routing_key=name)
+
+
+def _place(address: dict[str, Any], woken: Woken) -> dict[str, Any]:
+    """Where a woken task goes. One that was lost before goes where it came from: perhaps nobody takes from ours."""
+    queue = address.get("queue")
+    if woken.again or not isinstance(queue, str) or queue.endswith(WOKEN):
+        return address
+    return {**address, "queue": woken_queue(queue)}
+
+
+def _read(woken: Woken) -> dict[str, Any]:
+    read = _from_json(woken.record)
+    if not isinstance(read, dict) or not isinstance(read.get("task"), str):
+        raise ValueError(f"the record of {woken.id} is none")
+    return read
 
 
 def _signatures(app: Celery, links: Any) -> Any:
     if not links:
         return None
     return [app.signature(link) for link in (links if isinstance(links, list) else [links])]
-
-
-def shown(record: bytes) -> dict[str, Any]:
-    """A record for people."""
-    found = json.loads(record)
-    return found if isinstance(found, dict) else {}

@@ -53,6 +53,8 @@ class Attempt(NamedTuple):
     """Of the parking from which it was woken; 0: it was not parked."""
     label: str = ""
     """For people: the task's name."""
+    again: bool = False
+    """Whether the call was admitted before, and comes once more: a retry, or one that was told to come later."""
 
     @property
     def token(self) -> str:
@@ -126,6 +128,8 @@ class Woken(NamedTuple):
     generation: int
     token: str
     verdict: str
+    again: bool
+    """Whether it was sent before, an hour ago, and has not come."""
     record: bytes
 
 
@@ -218,7 +222,7 @@ class ParkingLot:
             expires_us: in what time it expires; 0: never.
         """
         nonce, token, sent = _tokens.next(), attempt.token, time.monotonic()
-        reply = self._asking(gates, lease_ms, parks=record is not None)(
+        reply = self._asking(gates, lease_ms, park=0 if record is None else 1 + attempt.again)(
             self.redis.coordination,
             *_encoded(
                 self.keys.run(token),
@@ -343,8 +347,15 @@ class ParkingLot:
             most=_MOST_AT_ONCE,
         )
         woken = [
-            Woken(sends[i].decode(), int(sends[i + 1]), sends[i + 2].decode(), sends[i + 3].decode(), sends[i + 4])
-            for i in range(0, len(sends), 5)
+            Woken(
+                sends[i].decode(),
+                int(sends[i + 1]),
+                sends[i + 2].decode(),
+                sends[i + 3].decode(),
+                sends[i + 4] == b"a",
+                sends[i + 5],
+            )
+            for i in range(0, len(sends), 6)
         ]
         named = [(line.decode(), definition) for line, definition in zip(lines[::2], lines[1::2], strict=True)]
         next_in_s = max(0, following - now_us - _LEAD_US) / 1e6 if following else None
@@ -533,13 +544,14 @@ class ParkingLot:
                 str(known_ms),
                 *[str(permit[2]) for permit in permits],
                 *[_word(verdict) for verdict in verdicts],
+                *[str(int(keys.needs_no_fence(state))) for state in states],
             ),
         )
         return bool(known)
 
-    def _asking(self, gates: Sequence[GateCall], lease_ms: int, *, parks: bool) -> Prepared[list[Any]]:
+    def _asking(self, gates: Sequence[GateCall], lease_ms: int, *, park: int) -> Prepared[list[Any]]:
         """What asks such gates: packed but for what differs from call to call."""
-        form = ("admit", lease_ms, parks, *[gate.form for gate in gates])
+        form = ("admit", lease_ms, park, *[gate.form for gate in gates])
         return self._prepared.get(form) or self._keep(
             form,
             _ADMIT.prepared(
@@ -559,7 +571,7 @@ class ParkingLot:
                 generation=HOLE,
                 run_text=HOLE,
                 lease_ms=lease_ms,
-                park=int(parks),
+                park=park,
                 record=HOLE,
                 patience_us=_PATIENCE_US,
                 channel=self.keys.channel,
@@ -602,6 +614,7 @@ class ParkingLot:
                 known_ms=HOLE,
                 capacities=[HOLE] * permits,
                 verdicts=[HOLE] * permits,
+                forgets=[HOLE] * permits,
             ),
         )
 

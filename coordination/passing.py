@@ -4,15 +4,18 @@ Everything happens inside of the task's own call, so whatever Celery does around
 time limits) sees a task like any other. Parking ends a delivery as ``Ignore`` does: acknowledged, no result, no retry.
 """
 
+import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 from uuid import uuid4
 
 from celery import Task
 from celery.exceptions import Ignore, Reject, Retry
+from kombu.exceptions import OperationalError
+from redis.exceptions import ResponseError
 
 from ..cachelib import MISS
 from ..cachelib.circuit import UNAVAILABLE
@@ -34,12 +37,17 @@ from .parking import (
     Verdict,
 )
 
+logger = logging.getLogger(__name__)
+
 _LONGEST_WAIT_S = 60.0
 """So long a task that runs where it was called waits for its gates."""
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.05
 _LATER_S = 5.0
 _MOST_TRIES = 5
-_KNOWN_MS = 3_600_000
+_KNOWN_MS, _KNOWN_PARKED_MS = 3_600_000, 600_000
+_PAUSE_S = 1.0
+_NOT_NOW = ("OOM", "READONLY", "MISCONF", "LOADING", "BUSY", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN", "CLUSTERDOWN")
+"""How the answers begin of a server that cannot do it now, and can later."""
 
 _refused_lately: set[str] = set()
 """Names of tasks of which the last call that was asked for here was refused."""
@@ -80,8 +88,10 @@ class Passage:
     body: Callable[[], Any]
     joined: Callable[[str], Any]
     """The result of the call that a verdict names, or ``MISS``."""
-    verdict_of: Callable[[Any], str]
-    """What those are told that wait to end with this result."""
+    verdict_of: Callable[[Any, str], str]
+    """What those are told that wait to end with this result, which that run has brought."""
+    reclaim: Callable[[], None]
+    """Claim once more to be the only call."""
     alone: bool = False
     """Whether the gate is only there so that others need not do the same: without Redis it is open."""
 
@@ -94,7 +104,7 @@ class Passage:
         request = self.task.request
         if request.called_directly or request.is_eager:
             return self._wait_here()
-        if is_guarded(self.lot.keys.namespace):
+        if is_guarded(self.task.name, self.lot.redis.address):
             return self._delivered()
         try:  # nobody in this worker would wake it: the task was declared after the worker had started
             return self._wait_here()
@@ -106,10 +116,8 @@ class Passage:
     # In a worker
 
     def _delivered(self) -> Any:
-        request = self.task.request
-        attempt = Attempt(request.id, request.retries or 0, parked_messages.generation_of(request), self.task.name)
-        gates = list(self.gates)
-        if self._is_redelivered and self._has_ended(attempt):
+        attempt, gates = self._attempt(), list(self.gates)
+        if self._may_have_ended and self._has_ended(attempt):
             return self._act_on(Stale())
         for _ in range(_MOST_TRIES):
             try:
@@ -121,19 +129,35 @@ class Passage:
                 continue
             if not isinstance(outcome, Verdict):
                 return self._act_on(outcome)
-            if outcome.text == "d":
-                self.counters.add("dropped")
-                return None
-            if outcome.text == "x":
-                raise DeliveryDropped("it was revoked while it waited")
-            value = self.joined(outcome.text)
+            value = self._decided(outcome)
             if value is not MISS:
-                self.counters.add("joined")
                 return value
             # What it waited for is gone: it runs for itself.
             attempt = attempt._replace(generation=0)
             gates = [gate for gate in gates if gate.kind != "c" or gate.policy != "j"]
         raise TaskRefused(self.task.name, "a verdict that changes", 0.0)
+
+    def _attempt(self) -> Attempt:
+        request = self.task.request
+        return Attempt(
+            request.id,
+            request.retries or 0,
+            parked_messages.generation_of(request),
+            self.task.name,
+            again=bool(request.retries or parked_messages.header_of(request).get("again")),
+        )
+
+    def _decided(self, verdict: Verdict) -> Any:
+        """What a call ends with by a verdict; ``MISS`` when that is not known any more."""
+        if verdict.text == "d":
+            self.counters.add("dropped")
+            return None
+        if verdict.text == "x":
+            raise DeliveryDropped("it was revoked while it waited")
+        value = self.joined(verdict.text)
+        if value is not MISS:
+            self.counters.add("joined")
+        return value
 
     def _has_ended(self, attempt: Attempt) -> bool:
         """Whether the broker delivers it again because it has not heard that it has ended."""
@@ -144,11 +168,16 @@ class Passage:
 
     def _was_lost(self, attempt: Attempt) -> bool:
         """Whether the broker delivers it again because the worker died that had it first."""
-        return self._is_redelivered and not self.lot.has_ended(attempt.token)
+        return self._is_redelivered and not self._has_ended(attempt)
 
     @property
     def _is_redelivered(self) -> bool:
         return bool(self.task.acks_late and (self.task.request.delivery_info or {}).get("redelivered"))
+
+    @property
+    def _may_have_ended(self) -> bool:
+        """Whether another message of it may have been the one that ran."""
+        return self._is_redelivered or bool(parked_messages.header_of(self.task.request).get("postponed"))
 
     def _admit(self, attempt: Attempt, gates: Sequence[GateCall]) -> Admission:
         """Ask, and have it parked if it is refused.
@@ -205,18 +234,33 @@ class Passage:
                 raise TypeError(f"{outcome!r} is no answer to a delivery")
 
     def _without_redis(self, error: BaseException) -> Any:
+        """Redis does not answer, or cannot do it now. A script that is wrong is a failure like any other."""
+        if isinstance(error, ResponseError) and not str(error).startswith(_NOT_NOW):
+            raise error
         if self.alone:
             return self.body()
         raise self._later(error, random.uniform(_LATER_S, 2 * _LATER_S)) from error
 
-    def _later(self, error: BaseException, countdown: float) -> Retry:
-        """Have the broker deliver it again, without using up a retry: it cannot be parked."""
+    def _later(self, error: BaseException, countdown: float, **said: bool) -> Retry:
+        """Have the broker deliver it again, without using up a retry: it cannot be parked.
+
+        Where the broker is away too, it is waited for: the call is in nobody's hands but ours.
+        """
         request = self.task.request
+        header = {**parked_messages.header_of(request), "postponed": True, **said}
+        request.headers = {**(request.headers or {}), parked_messages.HEADER: header}
+        parked_messages.forget_generation(request)
         signature = self.task.signature_from_request(
             request, self.arguments, self.keywords, countdown=countdown, retries=request.retries
         )
         serializer = parked_messages.serializer_of(self.task, self.arguments, self.keywords)
-        signature.apply_async(**({} if serializer is None else {"serializer": serializer}))
+        while True:
+            try:
+                signature.apply_async(**({} if serializer is None else {"serializer": serializer}))
+                break
+            except (OperationalError, OSError, *UNAVAILABLE) as away:
+                logger.warning("%s[%s] waits for the broker in its slot: %s", self.task.name, request.id, away)
+                time.sleep(_PAUSE_S)
         self.counters.add("postponed")
         return Retry(f"its gates cannot be asked ({type(error).__name__})", exc=None, when=countdown, sig=signature)
 
@@ -224,14 +268,19 @@ class Passage:
 
     def _wait_here(self) -> Any:
         request, began = self.task.request, time.monotonic()
-        generation = 0 if request.called_directly else parked_messages.generation_of(request)
-        id = uuid4().hex if request.called_directly else request.id  # a body may call itself
-        attempt = Attempt(id or uuid4().hex, request.retries or 0, generation, self.task.name)
+        if request.called_directly or not request.id:  # a body may call itself
+            attempt = Attempt(uuid4().hex, 0, 0, self.task.name)
+        else:
+            attempt = self._attempt()
         gates = [gate for gate in self.gates if gate.kind not in "cd"]  # who waits for the result has not paused
         while True:
             outcome = self.lot.admit(attempt, gates, record=None, lease_ms=self.lease_ms)
-            if isinstance(outcome, Running):
-                return self._run(outcome)
+            if isinstance(outcome, Verdict):
+                value = self._decided(outcome)
+                if value is not MISS:
+                    return value
+                attempt = attempt._replace(generation=0)
+                continue
             if not isinstance(outcome, Refused):
                 return self._act_on(outcome)
             if outcome.by is not None and outcome.by.most == 0:
@@ -253,18 +302,21 @@ class Passage:
             if running.wait_s > 0:
                 time.sleep(running.wait_s)
             delivered = not (request.called_directly or request.is_eager)
-            if not delivered or not is_guarded(self.lot.keys.namespace):
+            if not delivered or not is_guarded(self.task.name, self.lot.redis.address):
                 admitted.keep()
             parked_messages.forget_generation(request)
             request.admission = admitted
             value = admitted.run(self.body)
-            verdict = self.verdict_of(value)
+            verdict = self.verdict_of(value, running.nonce)
         except RateLimited as limited:
-            paused = self._pause(admitted, limited)
-            admitted.end()
-            if running.attempt.generation:
-                running = replace(running, attempt=running.attempt._replace(generation=0))
-            return self._again(running.attempt, limited, paused)
+            self.counters.add("rate_limited")
+            try:
+                paused = delivered and self._pause(admitted, limited)
+            finally:
+                admitted.end()
+            if not delivered:
+                raise
+            return self._again(running.attempt._replace(generation=0, again=True), limited, paused=paused)
         except (Retry, Reject, Ignore):  # Ignore: it was replaced, by one that has its id
             if request.admission is admitted:
                 admitted.end()
@@ -274,7 +326,9 @@ class Passage:
             raise
         finally:
             request.admission = None
-        admitted.end(verdict, known_ms=self._known_ms)
+        # Of one that was parked another message may come, which was sent because no answer had come.
+        known_ms = self._known_ms or (_KNOWN_PARKED_MS if running.attempt.generation else 0)
+        admitted.end(verdict, known_ms=known_ms)
         return value
 
     @property
@@ -283,18 +337,23 @@ class Passage:
         return _KNOWN_MS if self.task.acks_late else 0
 
     def _pause(self, admitted: Admitted, limited: RateLimited) -> bool:
-        self.counters.add("rate_limited")
+        """Whether a gate is closed now. What the call has claimed is its own until it has ended."""
         try:
+            self.reclaim()
             return admitted.block(limited.after_ms / 1_000, limited.key)
-        except LimiterUnavailable:
+        except (LimiterUnavailable, *UNAVAILABLE):
             return False
 
-    def _again(self, attempt: Attempt, limited: RateLimited, paused: bool) -> Any:
+    def _again(self, attempt: Attempt, limited: RateLimited, *, paused: bool) -> Any:
         """Come again, by the gate that is closed now."""
-        if self.task.request.called_directly or self.task.request.is_eager:
-            raise limited
+        request = self.task.request
+        header = {**parked_messages.header_of(request), "again": True}
+        request.headers = {**(request.headers or {}), parked_messages.HEADER: header}
         if paused:
-            outcome = self._admit(attempt, [gate for gate in self.gates if gate.kind not in "cd"])
+            try:
+                outcome = self._admit(attempt, [gate for gate in self.gates if gate.kind not in "cd"])
+            except UNAVAILABLE as error:
+                raise self._later(error, limited.after_ms / 1_000) from limited
             if not isinstance(outcome, Running):
                 return self._act_on(outcome)
             Admitted(self.lot, outcome).end()

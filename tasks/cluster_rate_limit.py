@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 LOOP_WAITS_S = 0.25
 """For Redis, at most: the consumer's loop stands still meanwhile."""
+_HELD_S = 900.0
 ASK_AGAIN_S = 1.0
 """When Redis was away."""
 READ_AGAIN_S = 10.0
@@ -450,10 +451,10 @@ def _no(text: str) -> dict[str, Any]:
 
 
 def _half_of_visibility_s(consumer: Any) -> float:
-    """For how long a message may be held: infinitely, where the broker has no visibility timeout."""
+    """For how long a message may be held. RabbitMQ closes the channel of who holds one for half an hour."""
     channel = getattr(consumer.task_consumer, "channel", None)
     timeout_s = getattr(channel, "visibility_timeout", None)
-    return float(timeout_s) / 2 if timeout_s else math.inf
+    return float(timeout_s) / 2 if timeout_s else _HELD_S
 
 
 def _late_s(request: Any) -> float:

@@ -4,8 +4,9 @@ from typing import Any
 
 from celery import bootsteps
 
+from ..coordination import parked_messages
 from ..coordination.coordinated import CoordinatedTask
-from ..coordination.guarded import guard_namespaces
+from ..coordination.guarded import guard
 from ..coordination.parking import ParkingLot
 from .guard import Guard
 from .pump import Pump
@@ -21,7 +22,7 @@ class CoordinationStep(bootsteps.StartStopStep):  # which Celery does not type
         self._lots = _lots_of(worker.app)
         self._pumps: list[Pump] = []
         self._guard: Guard | None = None
-        guard_namespaces(lot.keys.namespace for lot in self._lots)  # before the pool forks
+        guard((task.name, task.lot.redis.address) for task in _tasks_of(worker.app))  # before the pool forks
 
     def start(self, worker: Any) -> None:
         """Once the pool has been started, so that no child inherits a thread's half of something."""
@@ -49,9 +50,30 @@ class CoordinationStep(bootsteps.StartStopStep):  # which Celery does not type
         return {"petiole": {"parking": [repr(pump) for pump in self._pumps], "guard": repr(self._guard)}}
 
 
+class WokenQueues(bootsteps.StartStopStep):
+    """A step of the consumer: beside each of its queues it takes from the one in which woken tasks come back.
+
+    They do not wait behind all that lies in the queue: a task that was woken for a permit, or for a moment, has waited.
+    """
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def start(self, consumer: Any) -> None:
+        """On every connection."""
+        if not _tasks_of(consumer.app):
+            return
+        for name in list(consumer.app.amqp.queues.consume_from):
+            if not name.endswith(parked_messages.WOKEN):
+                queue = parked_messages.woken_queue(name)
+                consumer.add_task_queue(queue.name, queue.exchange.name, "direct", queue.routing_key)
+
+
 def _lots_of(app: Any) -> list[ParkingLot]:
-    tasks = [task for task in app.tasks.values() if isinstance(task, CoordinatedTask) and task.is_coordinated]
-    return list(dict.fromkeys(task.lot for task in tasks))
+    return list(dict.fromkeys(task.lot for task in _tasks_of(app)))
+
+
+def _tasks_of(app: Any) -> list[CoordinatedTask]:
+    return [task for task in app.tasks.values() if isinstance(task, CoordinatedTask) and task.is_coordinated]
 
 
 def _has_processes(pool: Any) -> bool:

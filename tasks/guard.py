@@ -130,7 +130,7 @@ class Guard:
             known.dying = known.dying or dying
         else:
             now, task = time.monotonic(), request.task
-            token = f"{request.id}.{request.request_dict.get('retries') or 0}"
+            token = Attempt(request.id, request.request_dict.get("retries") or 0).token
             lease_s = self._leases_s.get(task.name, 1.0)
             pid = request.worker_pid if self._processes else os.getpid()
             self._running[id(request)] = _Running(

@@ -9,10 +9,11 @@ import logging
 import time
 from collections.abc import Sequence
 from threading import Event, Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 from celery import Celery
 from celery.worker import state as worker_state
+from kombu.exceptions import OperationalError
 from redis.exceptions import ResponseError
 
 from ..cachelib.circuit import UNAVAILABLE
@@ -20,6 +21,7 @@ from ..cachelib.client import ThreadClient
 from ..cachelib.pushes import is_pong, listening_connection
 from ..coordination import parked_messages
 from ..coordination.acquiring import Acquirable
+from ..coordination.coordinated import CoordinatedTask
 from ..coordination.errors import LockError, LockTimeout
 from ..coordination.gates import Served
 from ..coordination.hold import Hold, Terms
@@ -35,6 +37,16 @@ _LONGEST_SLEEP_S = 0.5
 _PAUSE_S = 0.5
 _ANSWER_S = 2.0
 _HEARTBEAT_S = 10.0
+_MOST_HEARD = 1_000
+_LONGEST_FAILURE_S = 60.0
+
+
+class _Failed(NamedTuple):
+    """Of a task that the broker did not take."""
+
+    at: float
+    """When it is sent again."""
+    pause_s: float
 
 
 class Pump:
@@ -47,7 +59,7 @@ class Pump:
         self._thread: Thread | None = None
         self._revoked: set[str] = set()
         self._revoked_seen = 0
-        self._failed = ""
+        self._failed: dict[str, _Failed] = {}
         """Which could not be sent the last time: it comes after the others, if it was for what is written of it."""
         self.leads = False
         """Whether it is the one that sends."""
@@ -101,11 +113,10 @@ class Pump:
             while not self._stopping.is_set() and hold.held:
                 due = self._do_what_is_due()
                 self._look_for_revoked()
-                if due.lines or due.tasks or due.woken:
-                    continue
                 sleep_s = _LONGEST_SLEEP_S if due.next_in_s is None else min(due.next_in_s, _LONGEST_SLEEP_S)
-                granted = listener.wait(sleep_s)
-                if granted:
+                if due.lines or due.tasks or due.woken:
+                    sleep_s = 0.0
+                for granted in listener.heard(sleep_s):
                     self._serve_granted(granted)
         finally:
             listener.close()
@@ -150,33 +161,63 @@ class Pump:
             logger.error("those in %s are not woken for now: %s", line, error)
 
     def _send(self, woken: Sequence[Woken]) -> None:
-        if not woken:
+        now = time.monotonic()
+        for id, failed in list(self._failed.items()):
+            if failed.at <= now - _LONGEST_FAILURE_S:
+                del self._failed[id]
+        some = [one for one in woken if one.id not in self._failed or self._failed[one.id].at <= now]
+        if not some:
+            if woken:  # what cannot be sent stands before all others: not without a pause
+                self._stopping.wait(_PAUSE_S)
             return
         handed: list[Woken] = []
-        noted: list[Woken] = []
-        one: Woken | None = None
         try:
             with self._app.producer_or_acquire() as producer, producer.batch():  # which is sent when it is left
-                try:
-                    for one in sorted(woken, key=lambda one: one.id == self._failed):
-                        try:
-                            parked_messages.send(self._app, producer, one, revoked=one.verdict == "x")
-                        except (KeyError, TypeError, ValueError) as error:
-                            logger.error("task %s cannot be sent, and stays parked: %s", one.id, error)
-                        handed.append(one)
-                    self._failed = ""
-                except Exception as error:  # noqa: BLE001  # each transport has errors of its own
-                    self._failed = "" if one is None else one.id
-                    logger.warning("the broker did not take %d parked tasks: %s", len(woken) - len(handed), error)
-                    self._stopping.wait(_PAUSE_S)
-            noted = handed
-        except Exception as error:  # noqa: BLE001
-            logger.warning("the broker did not take %d parked tasks: %s", len(woken), error)
+                handed = self._hand_over(some, producer)
+        except Exception as error:  # noqa: BLE001  # each transport has errors of its own
+            logger.warning("the broker did not take %d parked tasks: %s", len(some), error)
             self._stopping.wait(_PAUSE_S)
-        finally:
-            if noted:
-                self._lot.sent(noted, forget=[one.verdict == "x" for one in noted])
-                self.sent += len(noted)
+            return
+        if not handed:
+            self._stopping.wait(_PAUSE_S)
+            return
+        forget = [one.verdict == "x" or (one.again and self._passes_no_gate(one)) for one in handed]
+        self._lot.sent(handed, forget=forget)
+        self.sent += len(handed)
+        for one in handed:
+            self._failed.pop(one.id, None)
+
+    def _hand_over(self, some: Sequence[Woken], producer: Any) -> list[Woken]:
+        """Those that need not be sent any more: the broker has them, or they cannot be sent at all."""
+        handed: list[Woken] = []
+        for one in some:
+            try:
+                if not (one.again and self._passes_no_gate(one)):
+                    parked_messages.send(self._app, producer, one, revoked=one.verdict == "x")
+            except (KeyError, TypeError, ValueError) as error:
+                logger.error("task %s cannot be sent, and stays parked: %s", one.id, error)
+            except (OperationalError, OSError, *UNAVAILABLE):
+                raise  # it is not this task, it is the broker
+            except Exception as error:  # noqa: BLE001  # each transport has errors of its own
+                self._put_off(one, error)
+                continue
+            handed.append(one)
+        return handed
+
+    def _put_off(self, one: Woken, error: BaseException) -> None:
+        """The broker did not take it: the others must not wait for it."""
+        known = self._failed.get(one.id)
+        pause_s = _PAUSE_S if known is None else min(2 * known.pause_s, _LONGEST_FAILURE_S)
+        self._failed[one.id] = _Failed(time.monotonic() + pause_s, pause_s)
+        logger.warning("the broker did not take task %s; it is sent again in %.1f s: %s", one.id, pause_s, error)
+
+    def _passes_no_gate(self, one: Woken) -> bool:
+        """Whether it is a task that has had gates, and has none any more: it runs when it comes, and tells nobody."""
+        try:
+            task = self._app.tasks.get(parked_messages.task_of(one))
+        except (KeyError, TypeError, ValueError):
+            return False
+        return task is not None and not (isinstance(task, CoordinatedTask) and task.is_coordinated)
 
     def _look_for_revoked(self) -> None:
         """Wake those that were revoked: the worker that gets one marks it so."""
@@ -206,16 +247,28 @@ class _Listener:
     def close(self) -> None:
         self._connection.disconnect()
 
-    def wait(self, longest_s: float) -> str:
-        """Wait until something is said. The line to which a permit was handed, or the empty text."""
-        if not self._connection.can_read(timeout=longest_s):
-            silent_s = time.monotonic() - self._heard
-            if silent_s > _HEARTBEAT_S + _ANSWER_S:
-                raise ConnectionError("the connection on which grants are heard is silent")
-            if silent_s > _HEARTBEAT_S and not self._pinged:
-                self._connection.send_command("PING", check_health=False)
-                self._pinged = True
-            return ""
+    def heard(self, longest_s: float) -> list[str]:
+        """Wait until something is said. The lines to which a permit was handed."""
+        lines: dict[str, None] = {}
+        for _ in range(_MOST_HEARD):
+            if not self._connection.can_read(timeout=longest_s):
+                self._look_whether_it_is_there()
+                break
+            longest_s = 0.0
+            line = self._read()
+            if line:
+                lines[line] = None
+        return list(lines)
+
+    def _look_whether_it_is_there(self) -> None:
+        silent_s = time.monotonic() - self._heard
+        if silent_s > _HEARTBEAT_S + _ANSWER_S:
+            raise ConnectionError("the connection on which grants are heard is silent")
+        if silent_s > _HEARTBEAT_S and not self._pinged:
+            self._connection.send_command("PING", check_health=False)
+            self._pinged = True
+
+    def _read(self) -> str:
         message = self._connection.read_response(disable_decoding=True, push_request=True)
         self._heard, self._pinged = time.monotonic(), False
         if is_pong(message) or not isinstance(message, list) or len(message) != 3 or message[0] != b"message":

@@ -2,11 +2,11 @@
 --
 -- A line is a sorted set of the ids of those that wait at one gate; orders stand beside it. Between keys they go in
 -- turns and within a key as they came (start-time fair queueing, Goyal et al. 1996): order is a hash with "v", the
--- score of the last one that left by being first; "f", how many came back to the front since the line was empty; and for each key
--- that waits "k<key>", the score of its last. waits is a hash with, per id: "mode generation token amount fair verdict
--- line". mode: q waits, w woken and to be sent, s sent. generation: how often it was parked; a message that was sent
--- for an earlier one is stale. verdict: what it is told when it comes, or "-": that it may try. line is "-" for one
--- that waits for a time alone. woken: a sorted set of those to be sent.
+-- score of the last one that left by being first; "f", how many came back to the front since the line was empty; and
+-- for each key that waits "k<key>", the score of its last. waits is a hash with, per id: "mode generation token amount
+-- fair verdict line". mode: q waits, w woken and to be sent, a the same once more, s sent. generation: how often it was
+-- parked; a message that was sent for an earlier one is stale. verdict: what it is told when it comes, or "-": that it
+-- may try. line is "-" for one that waits for a time alone. woken: a sorted set of those to be sent.
 
 local function park_look(waits, id)
     local known = redis.call("HGET", waits, id)

@@ -3,7 +3,7 @@
 -- KEYS: due, woken, waits, parked, gates
 -- ARGV: lead_us, most
 -- RETURNS: {now, when the next line or task is due (0: none), lines that are due and the definitions of their gates in
--- turns, tasks that are due, of each task to be sent its id, generation, token, verdict and record in turns}
+-- turns, tasks that are due, of each task to be sent its id, generation, token, verdict, mode and record in turns}
 --
 -- One script, because a task and what is written of it must be read together: in between it might have been revoked, or
 -- parked anew.
@@ -27,8 +27,8 @@ for _, id in ipairs(redis.call("ZRANGE", woken, 0, most - 1)) do
     local known = redis.call("HGET", waits, id)
     local record = redis.call("HGET", parked, id)
     if known and record then
-        local generation, token, verdict = string.match(known, "^%a (%d+) (%S+) %d+ %S+ (%S+) ")
-        for _, part in ipairs({ id, generation, token, verdict, record }) do
+        local mode, generation, token, verdict = string.match(known, "^(%a) (%d+) (%S+) %d+ %S+ (%S+) ")
+        for _, part in ipairs({ id, generation, token, verdict, mode, record }) do
             sends[#sends + 1] = part
         end
     else

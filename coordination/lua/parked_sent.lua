@@ -16,7 +16,7 @@ local now = time[1] * 1000000 + time[2]
 for i = 1, count do
     local id = ARGV[i]
     local entry = park_look(waits, id)
-    if entry and entry.mode == "w" and entry.generation == tonumber(ARGV[count + i]) then
+    if entry and (entry.mode == "w" or entry.mode == "a") and entry.generation == tonumber(ARGV[count + i]) then
         redis.call("ZREM", woken, id)
         if ARGV[2 * count + i] == "1" then
             park_forget(waits, parked, woken, due, id)

@@ -24,6 +24,8 @@ if entry.mode ~= "q" then
     redis.call("ZREM", due, "=" .. id)
     if entry.mode == "s" and own_time then -- it was sent long ago, and has not come
         park_wake(waits, woken, id, entry, entry.verdict, now)
+        entry.mode = "a"
+        park_note(waits, id, entry)
     end
     return { 1, entry.line }
 end

@@ -4,17 +4,19 @@
 -- Ask all gates of a task: it may run, and holds what it needs; or it is parked, where it may be.
 --
 -- KEYS: run, parked, waits, due, woken, gates, states..., seconds..., lines..., orders...
--- ARGV: id, token, nonce, generation, run_text, lease_ms, park, record, patience_us, channel, label, expires_us, kinds..., amounts...,
--- counts..., spans..., rests..., parts..., most..., policies..., fairs..., definitions...
--- RETURNS: {outcome, gate (counted from 1), wait_us, generation, now, text; if it runs, for each gate two numbers: fence
--- and end of a lease, or the receipt of a rate}
+-- ARGV: id, token, nonce, generation, run_text, lease_ms, park, record, patience_us, channel, label, expires_us,
+-- kinds..., amounts..., counts..., spans..., rests..., parts..., most..., policies..., fairs..., definitions...
+-- RETURNS: {outcome, gate (counted from 1), wait_us, generation, now, text; if it runs, for each gate two numbers:
+-- fence and end of a lease, or the receipt of a rate}
 -- outcome: 1 run (after wait_us), 0 parked, 2 refused (and not to be parked), 3 a verdict (text), -1 it runs elsewhere
 -- (and this one is parked until that ends), -2 stale: another delivery stands for it, -3 the line is full, -4 dropped.
 -- token: of this attempt of the task; nonce: of this delivery. generation: of the parking it was woken from, or 0.
--- kinds: p permit (counts: how many; seconds: the queue), d debounce (spans: the pause, rests: the longest; microseconds),
--- c a claim (rests: 1 if it ends when the task starts; what another call has claimed is told at once, as
--- policies say, j: as a verdict), else a rate (see _rate.lua; seconds: until when it is blocked). most: how many may wait in the line, -1: any number.
--- expires_us: in what time it expires, or 0. policies: what becomes of one more: r refused, o the oldest is dropped, n this one is.
+-- kinds: p permit (counts: how many; seconds: the queue), d debounce (spans: the pause, rests: the longest;
+-- microseconds), c a claim (rests: 1 if it ends when the task starts; what another call has claimed is told at once, as
+-- policies say, j: as a verdict), else a rate (see _rate.lua; seconds: until when it is blocked).
+-- most: how many may wait in the line, -1: any number. expires_us: in what time it expires, or 0.
+-- policies: what becomes of one more: r refused, o the oldest is dropped, n this one is, l all but the newest are.
+-- park: 0 no, 1 yes, 2 yes: it has been admitted before (a retry, say), and is not counted.
 --
 -- One script, because permits that are free and tokens that are left must be taken together or not at all, and a task
 -- that is refused must be in its line before the one it waits for can end. Permits are asked before tokens; nothing is
@@ -56,7 +58,20 @@ local function give_back()
     end
 end
 
+-- Of a permit that is kept for one that was woken and is on its way: the field that says so. It may be long on its way,
+-- and its lease over before it comes; whoever has come back is here.
+local function kept_for_another(state, line)
+    local fields = redis.call("HGETALL", state)
+    for i = 1, #fields, 2 do
+        if fields[i] == "h" .. line or string.match(fields[i + 1], "^1 %d+ %d+ %d+ %- woken:") then
+            return fields[i]
+        end
+    end
+    return nil
+end
+
 local entry = park_look(waits, id)
+local retries = tonumber(string.match(token, "%.(%d+)$"))
 local came_back = generation > 0
 local answer
 if came_back and not (entry and entry.token == token and entry.generation == generation and entry.mode ~= "q") then
@@ -66,8 +81,7 @@ elseif came_back and entry.verdict ~= "-" then
     give_back()
     return { 3, 0, 0, 0, now, entry.verdict }
 elseif not came_back and entry then
-    local parked_retries = tonumber(string.match(entry.token, "%.(%d+)$"))
-    if parked_retries >= tonumber(string.match(token, "%.(%d+)$")) then -- itself, or a retry of it
+    if tonumber(string.match(entry.token, "%.(%d+)$")) >= retries then -- itself, or a retry of it
         return { -2, 0, 0, 0, now, "" }
     end
 end
@@ -109,11 +123,14 @@ for i = 1, count do -- claims come first, before anything is changed
         turns[i] = turn
         if refusing == 0 and not turn.held then
             local free = turn.used < turn.capacity and turn.waiting == 0
-            if not free or (not came_back and redis.call("ZCARD", line) > 0) then
+            if not free and came_back then
+                turn.promised = kept_for_another(state, line)
+            end
+            if not (free or turn.promised) or (not came_back and redis.call("ZCARD", line) > 0) then
                 refusing = i
             end
         end
-    elseif given(0, i) == "d" and refusing == 0 and not came_back then
+    elseif given(0, i) == "d" and refusing == 0 and not came_back and ARGV[7] ~= "2" then
         refusing = i
     elseif given(0, i) == "c" then
         local claimed = redis.call("GET", state)
@@ -161,9 +178,14 @@ if refusing == 0 then
         if turn and turn.held then
             local fence = string.match(turn.held, "^%d+ %d+ (%d+)")
             local ends = turn_text(now + lease_ms * 1000)
-            turn_change(state, turn, "h" .. token, "1 " .. lease_ms .. " " .. fence .. " " .. ends .. " " .. rest_of_hold)
+            local terms = "1 " .. lease_ms .. " " .. fence .. " " .. ends .. " "
+            turn_change(state, turn, "h" .. token, terms .. rest_of_hold)
             answer[5 + 2 * i], answer[6 + 2 * i] = tonumber(fence), tonumber(ends)
         elseif turn then
+            if turn.promised then
+                redis.call("HDEL", state, turn.promised)
+                turn.used = turn.used - 1
+            end
             local fence, ends = turn_begin(state, turn, token, 1, lease_ms, 0, rest_of_hold)
             answer[5 + 2 * i], answer[6 + 2 * i] = tonumber(fence), tonumber(ends)
         elseif limit then
@@ -193,10 +215,12 @@ else
     local order = KEYS[6 + 3 * count + refusing]
     local most, policy = number(6, refusing), given(7, refusing)
     local waiting = redis.call("ZCARD", line)
-    if not came_back and most >= 0 and waiting >= most and (policy ~= "o" or most == 0) then
+    -- One that has been admitted before has its place; but where the newest one is wanted, it is not that.
+    local counted = not came_back and most >= 0 and waiting >= most and (policy == "l" or ARGV[7] == "1")
+    if counted and (policy == "r" or policy == "n" or (policy == "l" and ARGV[7] == "2")) then
         answer = { policy == "r" and -3 or -4, refusing, 0, 0, now, "" }
     else
-        if not came_back and most >= 0 and waiting >= most then
+        if counted then
             local oldest, dropped = park_first(line, order, waits)
             if oldest then
                 local since = given(0, refusing) == "d" and redis.call("HGET", order, "since")
@@ -207,16 +231,15 @@ else
                 end
             end
         end
-        for i = 1, count do -- what it holds it keeps while it waits for a time, not while it waits for another permit
+        for i = 1, count do -- what it holds it keeps while it waits for a moment, not for another permit
             local held_state = KEYS[6 + i]
             local held_queue = KEYS[6 + count + i]
             local turn = turns[i]
-            if turn and turn.held and timed then
+            if turn and turn.held and timed and start - now <= lease_ms * 1000 then
                 local fence = string.match(turn.held, "^%d+ %d+ (%d+)")
                 local ends = turn_text(start + lease_ms * 1000)
-                turn_change(
-                    held_state, turn, "h" .. token, "1 " .. lease_ms .. " " .. fence .. " " .. ends .. " " .. rest_of_hold
-                )
+                local terms = "1 " .. lease_ms .. " " .. fence .. " " .. ends .. " "
+                turn_change(held_state, turn, "h" .. token, terms .. rest_of_hold)
             elseif turn and turn.held then
                 local held_line = KEYS[6 + 2 * count + i]
                 turn_end(held_state, turn)

@@ -3,11 +3,12 @@
 -- A task has ended, or its process has: give back what it holds, and wake those that wait for its result.
 --
 -- KEYS: run, parked, waits, due, woken, gates, states..., queues..., lines..., orders...
--- ARGV: id, token, nonce, crashed, channel, known_ms, capacities..., verdicts...
+-- ARGV: id, token, nonce, crashed, channel, known_ms, capacities..., verdicts..., forgets...
 -- RETURNS: 1 if it was known to run, else 0
 -- crashed: 1 when its process died: then another delivery of it that waits for its end may run; else that one is of no
 -- more use. known_ms: how long it is to be known that it has ended. verdicts: what all that wait for a permit are told,
--- or "-": then the permit is handed on to the next one.
+-- or "-": then the permit is handed on to the next one. forgets: 1 where nothing need be known of a permit that nobody
+-- has or wants.
 --
 -- One script, because what is given back is handed on in the same moment, and because a delivery that finds the run gone
 -- would run a task that has ended. Repeated, it does nothing.
@@ -56,7 +57,11 @@ for i = 1, count do
         end
     end
     turn_settle(state, queue, turn)
-    turn_close(state, queue, turn)
+    if ARGV[6 + 2 * count + i] == "1" and turn.used == 0 and turn.waiting == 0 then
+        redis.call("DEL", state)
+    else
+        turn_close(state, queue, turn)
+    end
     if redis.call("ZCARD", line) > 0 then
         redis.call("ZADD", due, turn_text(now), line)
         told = true

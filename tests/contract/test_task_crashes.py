@@ -27,7 +27,7 @@ from local_nodes import eventually
 
 from petiole.cachelib import Connections, EmbeddedServer, Settings, connect
 from petiole.cachelib.guarded import GuardedProcess
-from petiole.coordination.coordinated import WORKER_STEP
+from petiole.coordination.coordinated import add_steps
 from petiole.coordination.errors import LockError
 from petiole.coordination.gates import Gates, Served
 from petiole.coordination.lock import Lock
@@ -302,7 +302,7 @@ def test_a_worker_without_coordinated_tasks_has_no_guard(own_server: Callable[..
     """Nor a pump; the step is there, for another app has put it there."""
     server = own_server()
     app = Celery("plain", broker=server.url, backend=server.url, set_as_current=False)
-    app.steps["worker"].add(WORKER_STEP)
+    add_steps(app)
     with start_worker(app, pool="solo", perform_ping_check=False, shutdown_timeout=30):
         assert not ours_running()
     app.close()

@@ -33,7 +33,7 @@ from petiole import (
     coordinated_task,
     memoized_task,
 )
-from petiole.coordination import DuplicateTask, guarded
+from petiole.coordination import DuplicateTask, memoize, passing
 from petiole.coordination import Pause as Pausing
 from petiole.testing import Waiting, clear, closed_gates, moving_clock, no_memo, open_gates, parked, pump
 
@@ -53,7 +53,9 @@ def app(name: str, redis: Connections) -> Iterator[Celery]:
 @pytest.fixture
 def work(app: Celery, name: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Does what a worker does with the messages that are there: how many they were."""
-    monkeypatch.setattr(guarded, "_namespaces", {name})  # as a worker says that it wakes what it parks
+    # As a worker says that it wakes what it parks
+    monkeypatch.setattr(passing, "is_guarded", lambda *_: True)
+    monkeypatch.setattr(memoize, "is_guarded", lambda *_: True)
 
     def work() -> int:
         done = 0

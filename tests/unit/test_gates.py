@@ -184,12 +184,12 @@ def test_a_cost_that_is_no_number_is_named(tokens):
         (Unique(), "p", "r", [-1]),
         (Unique(on_conflict="drop"), "p", "n", [0]),
         (Unique(on_conflict="raise"), "p", "r", [0]),
-        (Unique(on_conflict="replace"), "p", "o", [1]),
+        (Unique(on_conflict="replace"), "p", "l", [1]),
         (Unique(until="start", on_conflict="drop"), "c", "n", [-1]),
         (Unique(until="end", on_conflict="join"), "cp", "jr", [-1, -1]),
         (Unique(until="end", on_conflict="drop"), "cp", "nn", [-1, 0]),
         (Unique(until="end", on_conflict="raise"), "cp", "rr", [-1, 0]),
-        (Unique(until="end", on_conflict="replace"), "cp", "no", [-1, 1]),
+        (Unique(until="end", on_conflict="replace"), "cp", "nl", [-1, 1]),
         (Unique(until="10m", on_conflict="join"), "cp", "jr", [-1, -1]),
         (Unique(until="10m", on_conflict="drop"), "c", "n", [-1]),
         (Unique(until=600, on_conflict="raise"), "c", "r", [-1]),
@@ -254,7 +254,7 @@ def test_a_unique_without_its_key_is_refused():
 def test_a_debounce_is_a_pause_in_which_one_waits_the_newest(given, pause_us, longest_us, caller):
     gate = only(debounce=given)
 
-    assert (gate.kind, gate.span, gate.rest, gate.most, gate.policy) == ("d", pause_us, longest_us, 1, "o")
+    assert (gate.kind, gate.span, gate.rest, gate.most, gate.policy) == ("d", pause_us, longest_us, 1, "l")
     assert gate.state == f"petiole:1:pause:{{{TASK}:{caller}}}"
 
 

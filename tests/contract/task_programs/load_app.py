@@ -12,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 from celery import Celery
+from celery.signals import worker_ready
 from redis import Redis
 
 from petiole import Cache, RateLimit, Settings, connect, memoized_task
@@ -90,8 +91,8 @@ def make_app(broker: str, gates: str, notes: str, **settings: Any) -> Celery:
     gated("fifty", concurrency=50)
     gated("locked", lock="load:{key}")
     gated(
-        "mixed", lock="mixed:{number}", concurrency=Concurrency(2, key="{key}"), lease=3,
-        rate=[Rate(RateLimit("80/s", burst=4)), Rate(RateLimit("40/s", burst=2), key="{key}")],
+        "mixed", lock="mixed:{number}", concurrency=Concurrency(2, key="{key}"), lease=3, acks_late=True,
+        rate=[Rate(RateLimit("40/s", burst=4)), Rate(RateLimit("15/s", burst=2), key="{key}")],
     )  # fmt: skip
 
     @memoized_task(
@@ -109,4 +110,10 @@ def make_app(broker: str, gates: str, notes: str, **settings: Any) -> Celery:
 
 
 if "LOAD_TEST" in os.environ:
-    app = make_app(**json.loads(os.environ["LOAD_TEST"]))
+    given = json.loads(os.environ["LOAD_TEST"])
+    app = make_app(**given)
+
+    @worker_ready.connect(weak=False)
+    def tell(sender: Any, **_: Any) -> None:
+        """A worker has begun to consume."""
+        Notes(given["notes"]).client.incr(f"ready:{sender.hostname}")

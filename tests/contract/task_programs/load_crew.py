@@ -15,6 +15,8 @@ import psutil
 from celery import Celery
 from local_nodes import eventually
 from redis import Redis
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 from petiole.cachelib import EmbeddedServer
 from petiole.cachelib.guarded import GuardedProcess
@@ -38,7 +40,8 @@ class Crew:
         }  # fmt: skip
         self.app: Celery = make_app(**given)
         self.notes = Notes(given["notes"])
-        self.gates: Redis = Redis.from_url(given["gates"], protocol=2, decode_responses=True)
+        patient = Retry(ConstantBackoff(0.1), 100)  # a test may restart the server
+        self.gates: Redis = Redis.from_url(given["gates"], protocol=2, decode_responses=True, retry=patient)
         self.lot = self.app.tasks["rated"].lot
         self.workers: dict[str, GuardedProcess] = {}
 
@@ -49,7 +52,8 @@ class Crew:
 
     def start(self, *names: str, concurrency: int = 2, queues: str = "celery") -> None:
         """Start workers, and wait until all of them consume."""
-        seen = {name: len(self.log(name)) for name in names}
+        ready = {name: f"ready:{name}@here" for name in names}
+        before = {name: self.notes.client.get(ready[name]) for name in names}
         for name in names:
             self.workers[name] = GuardedProcess(
                 [sys.executable, "-m", "celery", "-A", "load_app:app", "worker", f"--concurrency={concurrency}",
@@ -60,15 +64,11 @@ class Crew:
                 folder=self.folder,
             )  # fmt: skip
         for name in names:
-            eventually(
-                lambda name=name: self.answers(name) or not self.workers[name].running,
-                f"{name} starts: {self.log(name)[seen[name] :][-2_000:]}",
+            self.until(
+                lambda name=name: self.notes.client.get(ready[name]) != before[name] or not self.workers[name].running,
+                f"{name} consumes",
             )
             assert self.workers[name].running, self.log(name)[-2_000:]
-
-    def answers(self, name: str) -> bool:
-        """Whether a worker consumes."""
-        return bool(self.app.control.ping([f"{name}@here"], timeout=1.0, limit=1))
 
     def restart(self, name: str, *, concurrency: int = 2) -> None:
         """A warm one."""
@@ -120,7 +120,7 @@ class Crew:
         """What should not be in Redis when all has ended: anything of parked tasks, and permits that are held."""
         leads = f"petiole:1:turn:{{parking:{self.lot.keys.namespace}}}"
         keys = [key for key in self.gates.scan_iter("petiole:*", count=1_000) if not key.startswith(leads)]
-        wrong = [key for key in keys if ":parked" in key or ":order" in key or key.startswith("petiole:1:run:")]
+        wrong = [key for key in keys if ":parked" in key or ":order" in key or self._runs(key)]
         for key in keys:
             if key.startswith("petiole:1:turn:") and self.gates.type(key) == "hash":
                 used, waiting = self.gates.hmget(key, "used", "waiting")  # type: ignore[misc]
@@ -129,6 +129,10 @@ class Crew:
                 wrong.append(key)
         return wrong
 
+    def _runs(self, key: str) -> bool:
+        """Whether it says that a task runs; of some it is known for a while that they have ended."""
+        return key.startswith("petiole:1:run:") and self.gates.get(key) not in (None, "ended")
+
     def nothing_left(self) -> None:
         """Neither in our keys nor in the broker."""
         try:
@@ -136,11 +140,21 @@ class Crew:
         except AssertionError:
             raise AssertionError(f"left behind: {self.left()}, {self.state()}") from None
 
-    def settled(self) -> set[str]:
-        """The ids of the tasks that are in no worker's hands: they wait in the broker, or are parked."""
-        queued = {json.loads(message)["headers"]["id"] for message in self.gates.lrange("celery", 0, -1)}  # type: ignore[union-attr]
-        known = self.gates.hgetall(self.lot.keys.waits)
-        return queued | {id for id, text in known.items() if text.startswith("q ")}  # type: ignore[union-attr]
+    def settled(self, folder: Path) -> set[str]:
+        """The ids of tasks that were in no worker's hands when a server ended: in its queue, or parked.
+
+        Seen by another server that begins with a copy of what it kept: to hold the server itself would lose messages,
+        as kombu takes a message by one command, and writes by another one that it has it.
+        """
+        server = server_that_may_be_restarted(folder)
+        try:
+            with Redis.from_url(server.url, protocol=2, decode_responses=True) as seen:
+                eventually(lambda: not seen.info("persistence")["loading"], "it has read all")
+                queued = {json.loads(message)["headers"]["id"] for message in seen.lrange("celery", 0, -1)}
+                known = seen.hgetall(self.lot.keys.waits)
+        finally:
+            server.stop()
+        return queued | {id for id, text in known.items() if text.startswith("q ")}
 
     def end(self, *names: str) -> None:
         """A warm shutdown: what runs is finished. Of several at once."""
