@@ -117,6 +117,7 @@ class CoordinatedTask(Task):
         return found
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        parked_messages.restore_address(self.request_stack.top)
         if not self.gates:
             self._leave_lot()
             return super().__call__(*arguments, **keywords)

@@ -84,6 +84,7 @@ class MemoizedTask(CoordinatedTask):
         return known
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        parked_messages.restore_address(self.request_stack.top)
         run = partial(super().__call__, *arguments, **keywords)
         memo = self.memo
         if memo is None:

@@ -60,8 +60,6 @@ def record_of(task: Task, arguments: Any, keywords: Any) -> bytes:
     """
     options = dict(task.signature_from_request(task.request, arguments, keywords).options)
     headers = {name: value for name, value in (options.pop("headers", None) or {}).items() if name != HEADER}
-    if isinstance(options.get("queue"), str):
-        options["queue"] = options["queue"].removesuffix(WOKEN)
     for unwanted in ("redelivered", "consumer_tag", "delivery_tag"):
         options.pop(unwanted, None)
     record = _to_json(
@@ -180,6 +178,14 @@ def woken_queue(queue: str) -> Any:
     """Where what was parked by those who take from a queue comes back to them: not behind all that lies there."""
     name = f"{queue}{WOKEN}"
     return _entity.Queue(name, _entity.Exchange(name, type="direct"), routing_key=name)
+
+
+def restore_address(request: Any) -> None:
+    """Make a woken delivery look as if it had come from where it came first: a retry of it goes there."""
+    address = getattr(request, "delivery_info", None) or {}
+    key = address.get("routing_key")
+    if isinstance(key, str) and key.endswith(WOKEN):
+        request.delivery_info = {**address, "exchange": "", "routing_key": key.removesuffix(WOKEN)}
 
 
 def _place(address: dict[str, Any], woken: Woken) -> dict[str, Any]:

@@ -53,21 +53,22 @@ def app(name: str, redis: Connections) -> Iterator[Celery]:
 @pytest.fixture
 def work(app: Celery, name: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Does what a worker does with the messages that are there: how many they were."""
-    # As a worker says that it wakes what it parks
+    # as a worker that wakes what it parks
     monkeypatch.setattr(passing, "is_guarded", lambda *_: True)
     monkeypatch.setattr(memoize, "is_guarded", lambda *_: True)
 
     def work() -> int:
         done = 0
         with app.connection_for_read() as connection:
-            queue = connection.SimpleQueue(name)
-            with suppress(Empty):
-                while True:
-                    message = queue.get(block=False)
-                    Request(message, app=app, on_ack=lambda *_: None).execute()
-                    message.ack()
-                    done += 1
-            queue.close()
+            for place in (name, f"{name}.woken"):
+                queue = connection.SimpleQueue(place)
+                with suppress(Empty):
+                    while True:
+                        message = queue.get(block=False)
+                        Request(message, app=app, on_ack=lambda *_: None).execute()
+                        message.ack()
+                        done += 1
+                queue.close()
         return done
 
     return work
