@@ -12,11 +12,11 @@ import petiole
 
 FACE = {
     "Allowed", "Barrier", "Busy", "Cache", "Codec", "Concurrency", "Connections", "CoordinatedTask", "Debounce",
-    "DuplicateTask", "Hold", "Leader", "Limited", "Loaded", "Lock", "MISS", "MemoizedTask", "MultiLock", "Near", "Pause",
-    "Pickle", "Rate", "RateLimit", "RateLimited", "RateLimiter", "ReadWriteLock", "Redlock", "Reserved", "Semaphore",
-    "Settings", "SignalBridge", "SingleFlight", "SqlSink", "Throttle", "TooManyParked", "Unique", "WriteBehind", "cached",
-    "connect", "coordinated_task", "global_rate_limit", "invalidate_on_commit", "memoized_task", "refreshed_in_worker",
-    "warmed",
+    "DuplicateTask", "Hold", "Leader", "Limited", "Loaded", "Lock", "MISS", "MemoizedTask", "MultiLock", "Near",
+    "Pause", "Pickle", "Rate", "RateLimit", "RateLimited", "RateLimiter", "ReadWriteLock", "Redlock", "Reserved",
+    "Semaphore", "Settings", "SignalBridge", "SingleFlight", "SqlSink", "Throttle", "TooManyParked", "Unique",
+    "WriteBehind", "cached", "connect", "coordinated_task", "global_rate_limit", "invalidate_on_commit",
+    "memoized_task", "refreshed_in_worker", "warmed",
 }  # fmt: skip
 
 # Reports what a piece of code has imported and started, and whether a socket was made.

@@ -172,7 +172,8 @@ def test_errors_of_a_floor_have_one_root() -> None:
     """A caller can catch a whole floor."""
     for floor, root in [("cachelib", "CachelibError"), ("coordination", "CoordinationError")]:
         module = __import__(f"petiole.{floor}.errors", fromlist=["_"])
-        errors = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+        values = [value for value in vars(module).values() if isinstance(value, type)]
+        errors = [value for value in values if value.__module__ == module.__name__]
 
         assert errors
         assert all(issubclass(error, getattr(module, root)) for error in errors)

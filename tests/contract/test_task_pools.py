@@ -15,7 +15,7 @@ from petiole.cachelib import EmbeddedServer
 from tests.contract.task_programs.canvas_app import PATIENCE_S
 from tests.contract.task_programs.canvas_crew import Crew, worker
 
-POOLS = ["threads", "solo", *(["gevent"] if find_spec("gevent") else [])]
+POOLS = ["threads", pytest.param("solo", marks=pytest.mark.storm), *(["gevent"] if find_spec("gevent") else [])]
 
 
 @pytest.fixture(scope="module")
