@@ -235,10 +235,10 @@ def memoized_task(
         - Without Redis the body runs. A result that the cache cannot keep completes its task all the same.
 
     Non-promises: It is not a lock: when Redis is away, and when a process was held up for longer than a lease, two may
-    run. Those that need a result that is being made wait for it in their worker's slot, where their own time limit
-    goes on; a run that takes longer than the time limit and two leases (an hour, where there is no limit) is waited
-    for no longer, and they run beside it. A refresh that no worker takes within the lease expires. Results are kept as
-    MessagePack; what JSON results lose (tuples become lists) is lost here too.
+    run. Those that need a result that is being made are parked, as coordinated tasks are; where nobody would wake them
+    (a direct call, eager mode, a cache on a Cluster) they wait in place, for no longer than the time limit and two
+    leases (an hour, where there is no limit), and then run beside it. A refresh that no worker takes within the lease
+    expires. Results are kept as MessagePack; what JSON results lose (tuples become lists) is lost here too.
 
     Arguments:
         app: the Celery app; without one, as ``shared_task``.

@@ -122,6 +122,9 @@ class Record(msgspec.Struct):
 class Sent:
     """A type that knows how to be sent."""
 
+    def __repr__(self) -> str:
+        return "<Sent>"
+
     def __json__(self) -> Any:
         return {"x": (1, 2)}
 
