@@ -58,16 +58,18 @@ local function give_back()
     end
 end
 
--- Of a permit that is kept for one that was woken and is on its way: the field that says so. It may be long on its way,
--- and its lease over before it comes; whoever has come back is here.
+-- Of a permit that is kept for one that was woken and is on its way: the field that says so, of several the latest. It
+-- may be long on its way, and its lease over before it comes; whoever has come back is here.
 local function kept_for_another(state, line)
-    local fields = redis.call("HGETALL", state)
+    local fields, latest, found = redis.call("HGETALL", state), 0, nil
     for i = 1, #fields, 2 do
-        if fields[i] == "h" .. line or string.match(fields[i + 1], "^1 %d+ %d+ %d+ %- woken:") then
-            return fields[i]
+        local fence, label = string.match(fields[i + 1], "^1 %d+ (%d+) %d+ %S+ (.*)$")
+        local on_its_way = fields[i] == "h" .. line or string.sub(label or "", 1, 6) == "woken:"
+        if fence and on_its_way and tonumber(fence) > latest then
+            latest, found = tonumber(fence), fields[i]
         end
     end
-    return nil
+    return found
 end
 
 local entry = park_look(waits, id)

@@ -644,7 +644,7 @@ def test_who_was_sent_and_never_came_is_sent_again(yard, all_end, monkeypatch):
     (message,) = yard.pumped()
 
     (again,) = yard.patiently()
-    assert again == message
+    assert again == message._replace(again=True)
     running = yard.come(again, gates)
     assert isinstance(running, Running)
     assert yard.come(message, gates) == Stale()

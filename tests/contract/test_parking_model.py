@@ -146,7 +146,7 @@ class Gate:
     joins: bool
     most: int
     policy: str
-    holders: set[str] = field(default_factory=set)
+    holders: dict[str, None] = field(default_factory=dict)  # in the order in which they were granted it
     line: Line = field(default_factory=Line)
 
 
@@ -182,7 +182,10 @@ class Model:
         refusing = next((place for place in places if not self.lets(place, id, generation)), None)
         if refusing is None:
             for place in places:
-                self.gates[place].holders.add(id)
+                gate = self.gates[place]
+                if id not in gate.holders and len(gate.holders) >= gate.capacity:
+                    del gate.holders[self.on_their_way(gate)[-1]]
+                gate.holders.setdefault(id)
             self.running[id] = places
             self.waits.pop(id, None)
             return "runs"
@@ -196,14 +199,18 @@ class Model:
         self.waits[id] = Known("q", known.generation + 1 if known else 1, refusing)
         return f"parked at {refusing}"
 
+    def on_their_way(self, gate):
+        """Those that a permit is kept for."""
+        return [id for id in gate.holders if id not in self.running]
+
     def lets(self, place, id, generation):
         gate = self.gates[place]
-        free = len(gate.holders) < gate.capacity
+        free = len(gate.holders) < gate.capacity or bool(generation and self.on_their_way(gate))
         return id in gate.holders or (free and bool(generation or not gate.line.scores))
 
     def give_back(self, id):
         for gate in self.gates:
-            gate.holders.discard(id)
+            gate.holders.pop(id, None)
 
     def wake(self, id, verdict, *, was_first):
         known = self.waits[id]
@@ -214,7 +221,7 @@ class Model:
     def end(self, id, told, *, crashed=False):
         for place in self.running.pop(id):
             gate = self.gates[place]
-            gate.holders.discard(id)
+            gate.holders.pop(id, None)
             if gate.joins and told != "-" and not crashed:
                 for follower in list(gate.line.scores):
                     self.wake(follower, told, was_first=False)
@@ -237,7 +244,7 @@ class Model:
             while gate.line.scores and len(gate.holders) < gate.capacity:
                 id = gate.line.first
                 self.wake(id, "-", was_first=True)
-                gate.holders.add(id)
+                gate.holders.setdefault(id)
         sent = [(id, known.generation, known.verdict) for id, known in self.waits.items() if known.mode == "w"]
         for id, _, verdict in sent:
             if verdict == "x":

@@ -74,7 +74,8 @@ class Office(Yard):
     def messages(self):
         """What lies in the broker: (id, generation, whether it is sent as revoked), the oldest first."""
         with self.app.connection_for_read() as connection, connection.channel() as channel:
-            raw = channel.client.lrange(self.name, 0, -1)
+            client = channel.client
+            raw = client.lrange(self.name, 0, -1) + client.lrange(f"{self.name}.woken", 0, -1)
         headers = [json.loads(one)["headers"] for one in reversed(raw)]
         return [(one["id"], one["petiole"]["generation"], bool(one["expires"])) for one in headers]
 
@@ -91,7 +92,7 @@ class Office(Yard):
         ran = []
         with self.app.connection_for_read() as connection, connection.channel() as channel:
             while len(ran) < count:
-                (_, raw) = channel.client.brpop(self.name, 60)
+                (_, raw) = channel.client.brpop(f"{self.name}.woken", 60)
                 headers = json.loads(raw)["headers"]
                 outcome = self.ask(
                     headers["id"], gates_of(headers["id"]), headers["petiole"]["generation"], record=record(self.name)
@@ -110,7 +111,8 @@ def _pumps_end_soon(monkeypatch):
 
 def forget_queue(office):
     with office.app.connection_for_write() as connection, connection.channel() as channel:
-        channel.client.delete(office.name, f"_kombu.binding.{office.name}")
+        for queue in (office.name, f"{office.name}.woken"):
+            channel.client.delete(queue, f"_kombu.binding.{queue}")
 
 
 @pytest.fixture
@@ -280,7 +282,7 @@ def take_noting(office, gates, order, count):
     """As ``Office.take``, and notes who runs while it holds the lock."""
     with office.app.connection_for_read() as connection, connection.channel() as channel:
         while count:
-            (_, raw) = channel.client.brpop(office.name, 60)
+            (_, raw) = channel.client.brpop(f"{office.name}.woken", 60)
             headers = json.loads(raw)["headers"]
             outcome = office.ask(headers["id"], gates, headers["petiole"]["generation"])
             if isinstance(outcome, Running):
