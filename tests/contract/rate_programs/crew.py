@@ -57,7 +57,11 @@ class Crew:
                 folder=self.folder,
             )
         for name in names:
-            eventually(lambda name=name: " ready." in self.log(name)[seen[name] :], f"{name}: {self.log(name)[-2000:]}")
+            eventually(lambda name=name: self._is_ready(name, seen[name]) or not self.workers[name].running, f"{name} starts")
+            assert self._is_ready(name, seen[name]), self.log(name)[-2000:]
+
+    def _is_ready(self, name: str, seen: int) -> bool:
+        return " ready." in self.log(name)[seen:]
 
     def end(self) -> None:
         """Ask all workers to end, as one does, and wait."""

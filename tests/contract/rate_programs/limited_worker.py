@@ -8,7 +8,7 @@ from celery import Celery
 from redis import Redis
 
 from petiole import connect
-from petiole.tasks import global_rate_limit as module
+from petiole.tasks import cluster_rate_limit as module
 
 NOTED = "noted:"
 """What the names of the lists begin with, in which runs are noted."""
