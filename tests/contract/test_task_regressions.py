@@ -115,7 +115,7 @@ class Desk:
             found.extend(self.messages())
             return len(found) >= expected
 
-        eventually(sent, f"{expected} are sent", 4)
+        eventually(sent, f"{expected} are sent")
         return found
 
     def come(self, expected=1, **options):
@@ -432,10 +432,10 @@ def test_rate_limited_parks_the_call_also_where_no_more_may_wait(desk):
     def work(self, number):
         told.append(number)
         if told == [1]:
-            self.admission.block(0.2, None)
+            self.admission.block(2, None)
             outcomes.append(desk.run(task, 2))
             outcomes.append(desk.run(task, 3))
-            raise RateLimited(0.2)
+            raise RateLimited(2)
 
     task = desk.task(work, bind=True, rate="1000/s", max_parked=1)
     assert desk.run(task, 1)[0] == "PENDING"

@@ -57,7 +57,9 @@ class Crew:
                 folder=self.folder,
             )
         for name in names:
-            eventually(lambda name=name: self._is_ready(name, seen[name]) or not self.workers[name].running, f"{name} starts")
+            eventually(
+                lambda name=name: self._is_ready(name, seen[name]) or not self.workers[name].running, f"{name} starts"
+            )
             assert self._is_ready(name, seen[name]), self.log(name)[-2000:]
 
     def _is_ready(self, name: str, seen: int) -> bool:
