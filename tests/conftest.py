@@ -17,6 +17,7 @@ from uuid import uuid4
 import psutil
 import pytest
 import sqlalchemy as sa
+from celery import signals
 from local_nodes import eventually
 from redis.connection import Connection as RedisConnection
 
@@ -36,6 +37,18 @@ def _no_process_is_left_behind() -> Iterator[None]:
     left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
     _, alive = psutil.wait_procs(left, timeout=10)
     assert not alive, f"left behind: {[child.cmdline() for child in alive if child.is_running()]}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _logging_stays_as_the_tests_have_it() -> Iterator[None]:
+    """A worker in this process would set the level of all that is logged here, and leave it so."""
+
+    def leave(**_: Any) -> None:
+        """Celery sets nothing up where somebody has done so."""
+
+    signals.setup_logging.connect(leave)
+    yield
+    signals.setup_logging.disconnect(leave)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from threading import Event
 from typing import Any
 
 import pytest
-from celery import Celery, Task, signals
+from celery import Celery, Task
 from celery.contrib.testing.worker import start_worker
 from celery.worker.request import Request
 
@@ -305,10 +305,6 @@ def test_a_pause_ends(app: Celery, redis: Connections, work: Callable[[], int], 
 def embedded(app: Celery) -> Iterator[Callable[[], Any]]:
     """Starts a worker in threads of this process, and stops it."""
 
-    def leave(**_: Any) -> None:
-        """Logging stays as the tests have it."""
-
-    signals.setup_logging.connect(leave)
     workers: list[Any] = []
 
     def start() -> Any:
@@ -318,7 +314,6 @@ def embedded(app: Celery) -> Iterator[Callable[[], Any]]:
     yield start
     for worker in reversed(workers):
         worker.__exit__(None, None, None)
-    signals.setup_logging.disconnect(leave)
 
 
 def test_a_running_pump_looks_at_once_when_the_clock_is_moved(
