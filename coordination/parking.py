@@ -34,6 +34,8 @@ late is lost to all who come after it. Less than ``_PATIENCE_US``."""
 _LAG_US = 20_000
 """So long a woken task may be on its way without those after it being woken later."""
 _MOST_AT_ONCE = 100
+_MOST_TOLD = 200
+"""So many of those that wait for a result are told by the script that ends its task, the others by the pump."""
 LEASE_MS = 30_000
 _SEND_AGAIN_MS = 3_600_000
 """A woken task that has not come by then was lost on its way. If not, the second message finds nothing."""
@@ -612,6 +614,7 @@ class ParkingLot:
                 crashed=int(crashed),
                 channel=self.keys.channel,
                 known_ms=HOLE,
+                most=_MOST_TOLD,
                 capacities=[HOLE] * permits,
                 verdicts=[HOLE] * permits,
                 forgets=[HOLE] * permits,

@@ -40,6 +40,7 @@ local function park_join(line, order, id, fair, front)
         redis.call("HSET", order, "k" .. fair, score)
     end
     redis.call("ZADD", line, score, id)
+    redis.call("HDEL", order, "told")
 end
 
 -- Takes one out of a line.
@@ -80,6 +81,25 @@ local function park_wake(waits, woken, id, entry, verdict, now)
     entry.mode, entry.verdict = "w", verdict
     park_note(waits, id, entry)
     redis.call("ZADD", woken, string.format("%.0f", now), id)
+end
+
+-- Tells the first of a line what has been decided for all who are in it now. How many.
+local function park_tell(waits, woken, line, order, verdict, most, now)
+    local told = 0
+    for place, id in ipairs(redis.call("ZRANGE", line, 0, most - 1)) do
+        local entry = park_look(waits, id)
+        if entry and entry.mode == "q" and entry.line == line then
+            park_wake(waits, woken, id, entry, verdict, now + place)
+            told = told + 1
+        end
+    end
+    redis.call("ZREMRANGEBYRANK", line, 0, most - 1)
+    if redis.call("ZCARD", line) == 0 then
+        redis.call("DEL", order)
+    else
+        redis.call("HSET", order, "told", verdict)
+    end
+    return told
 end
 
 local function park_forget(waits, parked, woken, due, id)

@@ -25,7 +25,11 @@ local function wake(id, entry)
     done = done + 1
 end
 
-if kind == "p" then
+local verdict = redis.call("HGET", order, "told")
+if verdict then -- they were too many for task_end.lua
+    done = park_tell(waits, woken, line, order, verdict, most, now)
+    look_at = redis.call("ZCARD", line) > 0 and now
+elseif kind == "p" then
     -- The line itself stands in the queue for the first of those in it.
     local turn = turn_open(state, second, now, count, line)
     turn_settle(state, second, turn)

@@ -3,11 +3,12 @@
 -- A task has ended, or its process has: give back what it holds, and wake those that wait for its result.
 --
 -- KEYS: run, parked, waits, due, woken, gates, states..., queues..., lines..., orders...
--- ARGV: id, token, nonce, crashed, channel, known_ms, capacities..., verdicts..., forgets...
+-- ARGV: id, token, nonce, crashed, channel, known_ms, most, capacities..., verdicts..., forgets...
 -- RETURNS: 1 if it was known to run, else 0
 -- crashed: 1 when its process died: then another delivery of it that waits for its end may run; else that one is of no
 -- more use. known_ms: how long it is to be known that it has ended. verdicts: what all that wait for a permit are told,
--- or "-": then the permit is handed on to the next one. forgets: 1 where nothing need be known of a permit that nobody
+-- or "-": then the permit is handed on to the next one. most: no more than so many are told here; the verdict is then
+-- left at their line, and line_serve.lua tells the rest. forgets: 1 where nothing need be known of a permit that nobody
 -- has or wants.
 --
 -- One script, because what is given back is handed on in the same moment, and because a delivery that finds the run gone
@@ -15,6 +16,7 @@
 
 local run, parked, waits, due, woken, gates = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local id, token, nonce, crashed, channel = ARGV[1], ARGV[2], ARGV[3], ARGV[4] == "1", ARGV[5]
+local most = tonumber(ARGV[7])
 local count = (#KEYS - 6) / 4
 local now = turn_now()
 local running = redis.call("GET", run)
@@ -34,30 +36,26 @@ for i = 1, count do
     local queue = KEYS[6 + count + i]
     local line = KEYS[6 + 2 * count + i]
     local order = KEYS[6 + 3 * count + i]
-    local turn = turn_open(state, queue, now, ARGV[6 + i], token)
+    local turn = turn_open(state, queue, now, ARGV[7 + i], token)
     if turn.held then
         turn_end(state, turn)
     end
-    local verdict = ARGV[6 + count + i]
+    local verdict = ARGV[7 + count + i]
     if verdict ~= "-" and not crashed then
-        for place, follower in ipairs(redis.call("ZRANGE", line, 0, -1)) do
-            local entry = park_look(waits, follower)
-            if entry and entry.mode == "q" and entry.line == line then
-                park_wake(waits, woken, follower, entry, verdict, now + place)
-                told = true
-            end
+        if park_tell(waits, woken, line, order, verdict, most, now) > 0 then
+            told = true
         end
-        redis.call("DEL", line)
-        redis.call("DEL", order)
-        redis.call("HDEL", gates, line)
-        redis.call("ZREM", due, line)
+        if redis.call("ZCARD", line) == 0 then
+            redis.call("HDEL", gates, line)
+            redis.call("ZREM", due, line)
+        end
         if redis.call("ZREM", queue, line) == 1 then
             turn.waiting = turn.waiting - 1
             redis.call("HDEL", state, "w" .. line)
         end
     end
     turn_settle(state, queue, turn)
-    if ARGV[6 + 2 * count + i] == "1" and turn.used == 0 and turn.waiting == 0 then
+    if ARGV[7 + 2 * count + i] == "1" and turn.used == 0 and turn.waiting == 0 then
         redis.call("DEL", state)
     else
         turn_close(state, queue, turn)

@@ -635,6 +635,51 @@ def test_an_id_may_be_any_text(yard, all_end, id):
     assert yard.drain(lambda _: gates) == [id]
 
 
+@pytest.fixture
+def few_at_once(monkeypatch):
+    """So many are told by one script."""
+    monkeypatch.setattr(parking, "_MOST_TOLD", 3)
+    monkeypatch.setattr(parking, "_MOST_AT_ONCE", 2)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 11])
+def test_all_who_wait_for_a_result_have_it_however_many_they_are(yard, all_end, few_at_once, count):
+    """No script tells more than some, so that none holds the server up."""
+    gates = yard.gates(unique=Unique())
+    running = yard.run("first", gates)
+    ids = [f"{number:02}" for number in range(count)]
+    for id in ids:
+        yard.park(id, gates)
+    yard.lot.end(running, verdict="jfirst")
+
+    told = []
+    while len(told) < count:
+        woken = yard.pumped()
+        assert woken
+        told += [(one.id, yard.come(one, gates)) for one in woken]
+    assert told == [(id, Verdict("jfirst")) for id in ids]
+
+
+def test_one_who_comes_while_many_are_told_waits_for_the_next_result_with_those_who_are_left(
+    yard, all_end, few_at_once
+):
+    """He was sent when the first result was there: it may be too old for him."""
+    gates = yard.gates(unique=Unique())
+    running = yard.run("first", gates)
+    for id in "abcde":
+        yard.park(id, gates)
+    yard.lot.end(running, verdict="jfirst")
+    second = yard.run("second", gates)
+    yard.park("late", gates)
+    yard.lot.end(second, verdict="jsecond")
+
+    told = {}
+    while len(told) < 6:
+        told |= {one.id: yard.come(one, gates) for one in yard.pumped()}
+    first, then = Verdict("jfirst"), Verdict("jsecond")
+    assert told == {"a": first, "b": first, "c": first, "d": then, "e": then, "late": then}
+
+
 def test_who_was_sent_and_never_came_is_sent_again(yard, all_end, monkeypatch):
     monkeypatch.setattr(parking, "_SEND_AGAIN_MS", 20)
     gates = yard.gates(lock="a")
