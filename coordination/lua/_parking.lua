@@ -40,7 +40,6 @@ local function park_join(line, order, id, fair, front)
         redis.call("HSET", order, "k" .. fair, score)
     end
     redis.call("ZADD", line, score, id)
-    redis.call("HDEL", order, "told")
 end
 
 -- Takes one out of a line.
@@ -83,23 +82,28 @@ local function park_wake(waits, woken, id, entry, verdict, now)
     redis.call("ZADD", woken, string.format("%.0f", now), id)
 end
 
--- Tells the first of a line what has been decided for all who are in it now. How many.
-local function park_tell(waits, woken, line, order, verdict, most, now)
-    local told = 0
-    for place, id in ipairs(redis.call("ZRANGE", line, 0, most - 1)) do
+-- Tells those of a line, up to a score, what has been decided for them: so many at once. How many, and whether some are
+-- left, for whom it is noted.
+local function park_tell(waits, woken, line, order, verdict, bound, most, now)
+    local some = redis.call("ZRANGEBYSCORE", line, "-inf", bound, "LIMIT", 0, most)
+    for place, id in ipairs(some) do
         local entry = park_look(waits, id)
         if entry and entry.mode == "q" and entry.line == line then
             park_wake(waits, woken, id, entry, verdict, now + place)
-            told = told + 1
         end
     end
-    redis.call("ZREMRANGEBYRANK", line, 0, most - 1)
+    if #some > 0 then
+        redis.call("ZREM", line, unpack(some))
+    end
+    local left = #some == most and redis.call("ZCOUNT", line, "-inf", bound) > 0
     if redis.call("ZCARD", line) == 0 then
         redis.call("DEL", order)
+    elseif left then
+        redis.call("HSET", order, "told", bound .. " " .. verdict)
     else
-        redis.call("HSET", order, "told", verdict)
+        redis.call("HDEL", order, "told")
     end
-    return told
+    return #some, left
 end
 
 local function park_forget(waits, parked, woken, due, id)

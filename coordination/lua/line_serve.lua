@@ -25,10 +25,15 @@ local function wake(id, entry)
     done = done + 1
 end
 
-local verdict = redis.call("HGET", order, "told")
-if verdict then -- they were too many for task_end.lua
-    done = park_tell(waits, woken, line, order, verdict, most, now)
-    look_at = redis.call("ZCARD", line) > 0 and now
+local told = redis.call("HGET", order, "told")
+local left = false
+if told then -- they were too many for task_end.lua
+    local bound, verdict = string.match(told, "^(%S+) (%S+)$")
+    done, left = park_tell(waits, woken, line, order, verdict, bound, most, now)
+end
+
+if left then
+    look_at = now
 elseif kind == "p" then
     -- The line itself stands in the queue for the first of those in it.
     local turn = turn_open(state, second, now, count, line)

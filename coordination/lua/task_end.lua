@@ -42,7 +42,8 @@ for i = 1, count do
     end
     local verdict = ARGV[7 + count + i]
     if verdict ~= "-" and not crashed then
-        if park_tell(waits, woken, line, order, verdict, most, now) > 0 then
+        local last = redis.call("ZRANGE", line, -1, -1, "WITHSCORES")[2]
+        if last and park_tell(waits, woken, line, order, verdict, last, most, now) > 0 then
             told = true
         end
         if redis.call("ZCARD", line) == 0 then

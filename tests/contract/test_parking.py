@@ -660,24 +660,25 @@ def test_all_who_wait_for_a_result_have_it_however_many_they_are(yard, all_end, 
     assert told == [(id, Verdict("jfirst")) for id in ids]
 
 
-def test_one_who_comes_while_many_are_told_waits_for_the_next_result_with_those_who_are_left(
-    yard, all_end, few_at_once
-):
-    """He was sent when the first result was there: it may be too old for him."""
+def test_one_who_comes_while_many_are_told_is_told_nothing_and_runs(yard, all_end, few_at_once):
+    """He was sent when the result was there: it may be too old for him."""
     gates = yard.gates(unique=Unique())
     running = yard.run("first", gates)
-    for id in "abcde":
+    for id in "abcdefg":
         yard.park(id, gates)
     yard.lot.end(running, verdict="jfirst")
-    second = yard.run("second", gates)
     yard.park("late", gates)
-    yard.lot.end(second, verdict="jsecond")
+    yard.park("later", gates)
 
     told = {}
-    while len(told) < 6:
+    while len(told) < 8:
         told |= {one.id: yard.come(one, gates) for one in yard.pumped()}
-    first, then = Verdict("jfirst"), Verdict("jsecond")
-    assert told == {"a": first, "b": first, "c": first, "d": then, "e": then, "late": then}
+    late = told.pop("late")
+    assert told == dict.fromkeys("abcdefg", Verdict("jfirst"))
+    assert isinstance(late, Running)
+    yard.lot.end(late, verdict="jlate")
+    (message,) = yard.pumped()
+    assert (message.id, yard.come(message, gates)) == ("later", Verdict("jlate"))
 
 
 def test_who_was_sent_and_never_came_is_sent_again(yard, all_end, monkeypatch):
