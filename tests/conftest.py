@@ -40,7 +40,7 @@ def _no_process_is_left_behind() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _logging_stays_as_the_tests_have_it() -> Iterator[None]:
+def _logging_is_left_alone() -> Iterator[None]:
     """A worker in this process would set the level of all that is logged here, and leave it so."""
 
     def leave(**_: Any) -> None:

@@ -9,6 +9,9 @@ from pytest_celery import CeleryTestSetup
 from shop import BATCH, Article, Shop, Total
 
 ONE_DATABASE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)  # where the kind does not matter
+EACH_DATABASE = pytest.mark.parametrize(
+    "database_url", ["postgresql", pytest.param("sqlite", marks=pytest.mark.storm)], indirect=True
+)
 
 
 def _totals(shop: Shop) -> dict[str, int]:
@@ -42,6 +45,7 @@ def test_a_full_batch_is_flushed_without_beat(celery_setup: CeleryTestSetup, sho
     assert shop.count() == BATCH
 
 
+@EACH_DATABASE
 def test_rows_that_fill_no_batch_are_flushed_by_beat(
     celery_setup: CeleryTestSetup, beat: LocalCelery, shop: Shop
 ) -> None:
@@ -53,6 +57,7 @@ def test_rows_that_fill_no_batch_are_flushed_by_beat(
     assert _totals(shop) == _expected_totals(3)
 
 
+@EACH_DATABASE
 @pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.storm)])
 def test_a_worker_that_is_killed_again_and_again_neither_loses_nor_repeats_a_row(
     celery_setup: CeleryTestSetup, beat: LocalCelery, shop: Shop, kills: int

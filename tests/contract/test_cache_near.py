@@ -54,7 +54,7 @@ def _nobody_listens_in_the_end():
     until(lambda: not [one for one in threading.enumerate() if one.name == THREAD_NAME], "a listener is left")
 
 
-@pytest.fixture(params=[2, 3], ids=["RESP2", "RESP3"])
+@pytest.fixture(params=[pytest.param(2, marks=pytest.mark.storm), 3], ids=["RESP2", "RESP3"])
 def redis(redis_server, request):
     """Connections with each protocol."""
     with connected(redis_server.url, request.param) as connections:

@@ -82,7 +82,7 @@ def our_threads():
     return [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
 
 
-@pytest.fixture(params=[2, 3], ids=["RESP2", "RESP3"])
+@pytest.fixture(params=[pytest.param(2, marks=pytest.mark.storm), 3], ids=["RESP2", "RESP3"])
 def protocol(request):
     return request.param
 

@@ -268,9 +268,9 @@ def test_fences_rise_with_clocks_and_failures_of_chance(servers: list[Connection
 
 def test_it_is_kept_as_long_as_the_process_lives(servers: list[Connections], name: str) -> None:
     """The leases of all servers are renewed, by a third of their time."""
-    with held(Redlock(servers, name, ttl=1)) as hold:
+    with held(Redlock(servers, name, ttl=3)) as hold:
         first = hold.deadline
-        eventually(lambda: hold.deadline > first + 1, "it was renewed for more than a lease")
+        eventually(lambda: hold.deadline > first + 3, "it was renewed for more than a lease")
         assert hold.held
         assert isinstance(Redlock(servers, name).try_acquire(), Busy)
 
@@ -403,7 +403,7 @@ def test_a_holder_that_was_stopped_too_long_knows_it(
         os.kill(process.pid, signal.SIGCONT)
         print(file=process.stdin, flush=True)
         assert process.stdout.readline() == "True False\n"
-        assert all(is_held_at(server, name) for server in servers)
+        assert sum(is_held_at(server, name) for server in servers) >= 2  # as many as it takes to hold it
 
 
 def test_a_forked_child_holds_nothing(servers: list[Connections], name: str) -> None:

@@ -31,6 +31,8 @@ from petiole.coordination.semaphore import Semaphore
 from tests.contract.task_programs.load_app import FOLDER, RATES
 from tests.contract.task_programs.load_crew import SHORT_VISIBILITY, Crew, Watch, server_that_may_be_restarted
 
+pytestmark = pytest.mark.xdist_group("task_load")  # they share workers, which take seconds to start
+
 PATIENCE_S = 60
 CHILDREN = 4
 PREFETCHED = 2 * CHILDREN * 4

@@ -34,18 +34,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def _logging_is_left_alone() -> Iterator[None]:
-    """A worker would set up the logging of its process, which here is that of the tests."""
-
-    def leave(**_: Any) -> None:
-        """Whoever is connected here sets logging up, and Celery does not."""
-
-    signals.setup_logging.connect(leave)
-    yield
-    signals.setup_logging.disconnect(leave)
-
-
-@pytest.fixture(scope="session")
 def celery_config(redis_server: EmbeddedServer, _logging_is_left_alone: None) -> dict[str, Any]:
     """Broker and results on the server that the tests share."""
     return {

@@ -48,6 +48,7 @@ def redis() -> Iterator[Connections]:
 def app(name: str) -> Iterator[Celery]:
     """An app without a broker."""
     app = Celery(name, set_as_current=False, broker="memory://", backend="cache+memory://")
+    app.conf.task_default_queue = name  # other tests have their own in the memory of this process
     yield app
     app.close()
 
