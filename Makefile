@@ -35,6 +35,7 @@ test: $(STAMP) ## run the tests
 
 storm: $(STAMP) ## the long proofs: histories under faults, more of chance; a few minutes
 	@$(BIN)/python -m pytest -q -m storm
+	@$(BIN)/python -m pytest -q --hypothesis-profile=storm tests/unit
 	@PETIOLE_STORM_SECONDS=10 $(BIN)/python -m pytest -q tests/contract/test_no_stale_set.py -k at_random
 	@PETIOLE_STORM_SEEDS=5 PETIOLE_STORM_FAULTS=12 $(BIN)/python -m pytest -q tests/contract/test_lock_history.py -k 'one_at_a_time or whatever or flushed'
 

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import sqlalchemy as sa
 from celery import signals
+from hypothesis import settings
 from local_nodes import eventually
 from redis.connection import Connection as RedisConnection
 
@@ -25,6 +26,10 @@ from petiole.cachelib import Cache, Connections, EmbeddedServer, Settings, conne
 from petiole.cachelib.embedded import find_program, free_port
 from petiole.cachelib.errors import ServerNotFound
 from petiole.cachelib.guarded import GuardedProcess
+
+settings.register_profile("usual", deadline=None, max_examples=50)
+settings.register_profile("storm", deadline=None, max_examples=1_000)
+settings.load_profile("usual")
 
 MAY_LIVE_ON = b"petiole:1:buffer:"  # rows that are not flushed; of our keys, nothing else
 ENDS_SOON = ("--hz", "100")  # a server looks so often a second whether it was told to end

@@ -63,6 +63,7 @@ def test_a_log_ends_verified_although_the_worker_is_killed(log: Path) -> None:
     assert re.search(r"Flower: http://127\.0\.0\.1:\d+", done.stdout)
 
 
+@pytest.mark.storm
 def test_a_demo_that_is_not_verified_says_so_and_fails(log: Path, tmp_path: Path) -> None:
     """The verdict comes from the log and SQL: a row that is not there is seen."""
     sabotage = tmp_path / "sitecustomize.py"

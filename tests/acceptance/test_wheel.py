@@ -55,6 +55,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert not [name for name in names if "tests" in name or "examples" in name]
 
 
+@pytest.mark.storm
 def test_the_wheel_works_beside_flask_caching_and_the_users_own_tasks_module(wheel: Path, tmp_path: Path) -> None:
     """In an environment that has nothing else; neither breaks the other."""
     python = tmp_path / "venv" / "bin" / "python"

@@ -151,7 +151,7 @@ def test_of_real_processes_one_runs_once(redis: Connections, name: str) -> None:
     wait_ms=st.integers(1, 50),
     longer_ms=st.one_of(st.none(), st.integers(0, 150)),
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_script_decides_as_the_promise_says(
     redis: Connections, gaps_ms: list[int], wait_ms: int, longer_ms: int | None
 ) -> None:

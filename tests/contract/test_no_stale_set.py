@@ -333,7 +333,7 @@ def test_a_load_that_began_after_the_invalidation_is_stored(caches, way):
 
 
 @pytest.mark.parametrize("way", ["inline", "tags-of-the-loader", "stale-refresher"])
-@pytest.mark.parametrize("server", ["redis", "clustered"])
+@pytest.mark.parametrize("server", ["redis", pytest.param("clustered", marks=pytest.mark.storm)])
 def test_versions_that_are_evicted_after_the_invalidation_make_nothing_valid_again(request, name, way, server):
     """Redis may evict the number of the last invalidation and the versions of tags, at any moment."""
     redis = request.getfixturevalue(server)

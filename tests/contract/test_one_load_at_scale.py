@@ -90,6 +90,7 @@ def asked(redis, *commands):
     return sum(told.get(f"cmdstat_{command}", {}).get("calls", 0) for command in commands)
 
 
+@pytest.mark.storm
 def test_a_hundred_processes_that_miss_one_key_load_once_and_wait_for_three_commands_each(url, name):
     """A look, a wait in Redis, and a look when woken."""
 

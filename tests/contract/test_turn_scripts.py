@@ -112,7 +112,7 @@ def modelled(turns):
     )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(made_with=st.integers(1, 4), schedule=schedules)
 def test_the_scripts_agree_with_the_model_on_every_schedule(redis, made_with, schedule):
     """The same answers, the same grants in the same order, the same fences and ends; and at last nothing is left."""

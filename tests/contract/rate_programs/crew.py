@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 from celery import Celery
 from local_nodes import eventually
 
@@ -16,7 +17,7 @@ from petiole.cachelib import EmbeddedServer
 from petiole.cachelib.guarded import GuardedProcess
 
 HERE = Path(__file__).parent
-POOLS = ["prefork", "solo", *(["gevent"] if find_spec("gevent") else [])]
+POOLS = ["prefork", pytest.param("solo", marks=pytest.mark.storm), *(["gevent"] if find_spec("gevent") else [])]
 
 
 class Crew:
