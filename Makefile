@@ -31,7 +31,7 @@ demo: $(STAMP) ## run the main job; LOG=path replays a log, KILL=3 kills the wor
 	@$(BIN)/python -m examples.site.demo
 
 test: $(STAMP) ## run the tests
-	@$(BIN)/python -m pytest -n 3 --dist loadgroup
+	@$(BIN)/python -m pytest -n 3
 
 storm: $(STAMP) ## the long proofs: histories under faults, more of chance; a few minutes
 	@$(BIN)/python -m pytest -q -m storm

@@ -21,6 +21,7 @@ from celery import signals
 from hypothesis import settings
 from local_nodes import eventually
 from redis.connection import Connection as RedisConnection
+from xdist.scheduler import LoadScopeScheduling
 
 from petiole.cachelib import Cache, Connections, EmbeddedServer, Settings, connect
 from petiole.cachelib.embedded import find_program, free_port
@@ -33,6 +34,23 @@ settings.load_profile("usual")
 
 MAY_LIVE_ON = b"petiole:1:buffer:"  # rows that are not flushed; of our keys, nothing else
 ENDS_SOON = ("--hz", "100")  # a server looks so often a second whether it was told to end
+
+
+STAY_TOGETHER = {"test_task_canvas", "test_task_crashes", "test_task_load", "test_task_pools", "test_memo_workers"}
+"""Files whose tests share Celery workers, which take seconds to start: one process runs them all."""
+
+
+class Scheduling(LoadScopeScheduling):  # which xdist does not type
+    """Any test goes to any process, but for those that stay together."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if Path(file).stem in STAY_TOGETHER else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    """Instead of xdist's own groups, which this version of pytest does not see."""
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,8 +23,6 @@ from petiole import MISS, Cache, Settings, connect, memoized_task
 from petiole.cachelib import EmbeddedServer
 from petiole.cachelib.guarded import GuardedProcess
 
-pytestmark = pytest.mark.xdist_group("memo_workers")  # they share workers, which take seconds to start
-
 LEASE_S = 3.0
 FOLDERS = [str(Path(__file__).parent), str(Path(local_nodes.__file__).parent)]
 PATIENCE_S = 60.0

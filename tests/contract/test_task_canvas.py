@@ -25,8 +25,6 @@ from petiole.coordination.parking import Attempt, Parked, ParkingLot, Running
 from tests.contract.task_programs.canvas_app import OTHER_QUEUE, PATIENCE_S, Order
 from tests.contract.task_programs.canvas_crew import Crew, worker
 
-pytestmark = pytest.mark.xdist_group("task_canvas")  # they share workers, which take seconds to start
-
 # What gives each call its own turn or its own result: every one ends with the value of its body.
 RUNNING = ["locked", "paired", "rated", "everything", "join", "join_end", "join_for", "late"]
 RUNNING += ["odd task. name: {not} a template \u00e9 \n%s", "long" * 60]

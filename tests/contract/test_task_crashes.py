@@ -35,8 +35,6 @@ from petiole.coordination.parking import Admission, Attempt, Parked, ParkingLot,
 from petiole.tasks.guard import Guard
 from tests.contract.task_programs.crash_app import FOLDER, Notes, make_app
 
-pytestmark = pytest.mark.xdist_group("task_crashes")  # they share workers, which take seconds to start
-
 PATIENCE_S = 40
 """Less than the leases of a minute: who starts within it has not waited for the end of one."""
 

@@ -31,8 +31,6 @@ from petiole.coordination.semaphore import Semaphore
 from tests.contract.task_programs.load_app import FOLDER, RATES
 from tests.contract.task_programs.load_crew import SHORT_VISIBILITY, Crew, Watch, server_that_may_be_restarted
 
-pytestmark = pytest.mark.xdist_group("task_load")  # they share workers, which take seconds to start
-
 PATIENCE_S = 60
 CHILDREN = 4
 PREFETCHED = 2 * CHILDREN * 4
@@ -140,7 +138,7 @@ def line_of(crew: Crew) -> list[str]:
     return [line for line, _ in crew.lot.lines()]
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(1_000, marks=pytest.mark.storm)])
+@pytest.mark.parametrize("count", [60, pytest.param(1_000, marks=pytest.mark.storm)])
 def test_never_more_than_five_are_inside_and_a_long_line_does_not_starve_a_short_one(crew: Crew, count: int) -> None:
     """Within a key they are handed permits in the order of their line, between keys in turns."""
     few = count // 10

@@ -15,8 +15,6 @@ from petiole.cachelib import EmbeddedServer
 from tests.contract.task_programs.canvas_app import PATIENCE_S
 from tests.contract.task_programs.canvas_crew import Crew, worker
 
-pytestmark = pytest.mark.xdist_group("task_pools")  # they share workers, which take seconds to start
-
 POOLS = ["threads", pytest.param("solo", marks=pytest.mark.storm), *(["gevent"] if find_spec("gevent") else [])]
 
 

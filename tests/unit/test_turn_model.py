@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 START_US = 1_700_000_000_000_000
@@ -170,7 +170,6 @@ def play(turns, operation):
     return None
 
 
-@settings(deadline=None, max_examples=300)
 @given(made_with=st.integers(1, 4), schedule=schedules)
 def test_every_schedule_keeps_the_bound_the_order_and_the_fences(made_with, schedule):
     turns = Turns(made_with)
