@@ -82,7 +82,8 @@ class Remembered:
         return f"<Remembered of {self._what} [{len(self)} not sent]>"
 
     def __len__(self) -> int:
-        return len(self._unsent) + len(self._sending)
+        seen = self.seen()  # one may be in both: invalidated once more while it is sent
+        return 0 if seen is None else len(seen)
 
     def covers(self, key: str, tags: Iterable[str] = ()) -> bool:
         """Whether an entry may be out of date because of what is not sent."""

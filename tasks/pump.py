@@ -34,6 +34,8 @@ _LEASE_MS = 3_000
 _STAND_BY_S = 1.0
 _LONGEST_SLEEP_S = 0.5
 """After so long it looks whether it is to stop, and which tasks were revoked."""
+_REVOKED_S = 5.0
+"""So often it looks at all that were revoked, though they are as many as before: one may have taken another's place."""
 _PAUSE_S = 0.5
 _ANSWER_S = 2.0
 _HEARTBEAT_S = 10.0
@@ -59,6 +61,7 @@ class Pump:
         self._thread: Thread | None = None
         self._revoked: set[str] = set()
         self._revoked_seen = 0
+        self._revoked_due = 0.0
         self._failed: dict[str, _Failed] = {}
         """Which could not be sent the last time: it comes after the others, if it was for what is written of it."""
         self.leads = False
@@ -222,8 +225,10 @@ class Pump:
     def _look_for_revoked(self) -> None:
         """Wake those that were revoked: the worker that gets one marks it so."""
         revoked: Any = worker_state.revoked
-        if len(revoked) == self._revoked_seen and len(revoked) < worker_state.REVOKES_MAX:
+        now = time.monotonic()
+        if len(revoked) == self._revoked_seen and now < self._revoked_due:
             return
+        self._revoked_due = now + _REVOKED_S
         known = set(revoked)
         for id in self._lot.among(known - self._revoked):
             self._lot.wake(id, "x")

@@ -342,6 +342,24 @@ def test_a_task_that_was_revoked_is_sent_as_revoked_out_of_its_turn(office, monk
     assert office.left() == []
 
 
+def test_a_revoked_task_is_seen_though_as_many_are_revoked_as_before(office, monkeypatch):
+    """The set of Celery forgets the oldest."""
+    monkeypatch.setattr(module, "_REVOKED_S", 0.05)
+    monkeypatch.setattr(worker_state, "revoked", {"another"})
+    office.leads()
+    gates = office.gates(lock="a")
+    running = office.run("a", gates)
+    for id in "bc":
+        office.park(id, gates)
+    worker_state.revoked.add("b")
+    office.arrives("b")
+    monkeypatch.setattr(worker_state, "revoked", {"b", "c"})
+
+    office.arrives("c")
+    assert [message[0] for message in office.messages()] == ["b", "c"]
+    office.lot.end(running)
+
+
 def test_a_task_that_expires_while_it_waits_is_sent_as_revoked(office):
     office.leads()
     gates = office.gates(lock="a")

@@ -379,6 +379,7 @@ def test_what_is_added_while_others_are_sent_is_not_lost(redis, sending, failure
     assert remembered.any
     assert remembered.covers("a")
     assert remembered.covers("b")
+    assert len(remembered) == 2, "though one of them is on its way, too"
     sending.go.set()
     eventually(lambda: len(remembered) == 0, "all is sent")
     assert sending.sent == (["a", "b"] if failures else ["a", "a", "b"])
