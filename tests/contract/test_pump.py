@@ -355,8 +355,8 @@ def test_a_revoked_task_is_seen_though_as_many_are_revoked_as_before(office, mon
     office.arrives("b")
     monkeypatch.setattr(worker_state, "revoked", {"b", "c"})
 
-    office.arrives("c")
-    assert [message[0] for message in office.messages()] == ["b", "c"]
+    office.arrives("b", "c")
+    assert office.messages() == [("b", 1, True), ("c", 1, True)]
     office.lot.end(running)
 
 
