@@ -80,9 +80,6 @@ class CoordinatedTask(Task):
     gate_lease: ClassVar[Duration] = 30
     gate_on_lost: ClassVar[OnLost] = "mark"
 
-    dont_autoretry_for: ClassVar[tuple[type[Exception], ...]] = (RateLimited,)
-    """It is for the gates, and no failure."""
-
     @classmethod
     def on_bound(cls, app: Celery) -> None:
         """Check the options when the task is declared, not when it runs."""
@@ -164,6 +161,12 @@ class CoordinatedTask(Task):
             if not other:
                 self.unclaim(chosen, args or (), kwargs or {})
             raise
+
+    def retry(self, args: Any = None, kwargs: Any = None, exc: Any = None, throw: bool = True, **options: Any) -> Any:
+        """As ever; but ``RateLimited`` is for the gates, and no failure, whatever ``autoretry_for`` says."""
+        if isinstance(exc, RateLimited):
+            raise exc
+        return super().retry(args, kwargs, exc, throw, **options)
 
     def on_replace(self, sig: Any) -> Any:
         """Give back what is held before the other one comes: it has the same id, and may want the same."""
@@ -414,8 +417,6 @@ def coordinated_task(
     if on_lost not in ("mark", "terminate"):
         raise ValueError(f"on_lost={on_lost!r} is unknown; there are mark, terminate")
     lease_of(lease)
-    if options.get("dont_autoretry_for"):
-        options["dont_autoretry_for"] = (*options["dont_autoretry_for"], RateLimited)
 
     def decorate(function: Callable[..., Any]) -> CoordinatedTask:
         parent = base or (app.Task if app is not None else Task)

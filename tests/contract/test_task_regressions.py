@@ -26,7 +26,7 @@ from petiole.cachelib import Cache, Settings, connect
 from petiole.cachelib.embedded import find_program, free_port
 from petiole.cachelib.guarded import GuardedProcess
 from petiole.coordination import guarded, parked_messages, passing
-from petiole.coordination.coordinated import coordinated_task
+from petiole.coordination.coordinated import CoordinatedTask, coordinated_task
 from petiole.coordination.errors import DuplicateTask, RateLimited, TooManyParked
 from petiole.coordination.gates import Rate, Unique
 from petiole.coordination.hold import Busy
@@ -409,8 +409,10 @@ def test_what_the_broker_does_not_take_keeps_nobody_else_waiting(desk, monkeypat
 # Told to come later
 
 
-def test_rate_limited_uses_up_no_retry_of_a_task_that_retries_by_itself(desk):
-    """F5."""
+@pytest.mark.parametrize("options", [{}, {"dont_autoretry_for": (KeyError,)}], ids=["any", "but some"])
+@pytest.mark.parametrize("made", ["by the decorator", "by its base"])
+def test_rate_limited_uses_up_no_retry_of_a_task_that_retries_by_itself(desk, made, options):
+    """F5, F29."""
     told = []
 
     def work(self):
@@ -418,7 +420,11 @@ def test_rate_limited_uses_up_no_retry_of_a_task_that_retries_by_itself(desk):
         if len(told) == 1:
             raise RateLimited(0.05)
 
-    task = desk.task(work, bind=True, rate="1000/s", autoretry_for=(Exception,), max_retries=2)
+    options = {"bind": True, "autoretry_for": (Exception,), "max_retries": 2, **options}
+    if made == "by the decorator":
+        task = desk.task(work, rate="1000/s", **options)
+    else:
+        task = desk.app.task(base=CoordinatedTask, gate_redis=desk.redis, gate_rate="1000/s", **options)(work)
     desk.run(task)
     assert desk.parked() == 1
     assert [state for state, _ in desk.come()] == ["SUCCESS"]
