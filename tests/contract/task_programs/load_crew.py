@@ -119,13 +119,18 @@ class Crew:
     def left(self) -> list[str]:
         """What should not be in Redis when all has ended: anything of parked tasks, and permits that are held."""
         leads = f"petiole:1:turn:{{parking:{self.lot.keys.namespace}}}"
-        keys = [key for key in self.gates.scan_iter("petiole:*", count=1_000) if not key.startswith(leads)]
-        wrong = [key for key in keys if ":parked" in key or ":order" in key or self._runs(key)]
+        keys = [key for key in self.gates.scan_iter("petiole:*", count=10_000) if not key.startswith(leads)]
+        looks = self.gates.pipeline(transaction=False)
         for key in keys:
-            if key.startswith("petiole:1:turn:") and self.gates.type(key) == "hash":
+            looks.type(key)
+            looks.pttl(key)
+        answers = looks.execute()
+        wrong = [key for key in keys if ":parked" in key or ":order" in key or self._runs(key)]
+        for key, kind, left_ms in zip(keys, answers[::2], answers[1::2], strict=True):
+            if key.startswith("petiole:1:turn:") and kind == "hash":
                 used, waiting = self.gates.hmget(key, "used", "waiting")  # type: ignore[misc]
                 wrong += [key] if int(used or 0) or int(waiting or 0) else []
-            if self.gates.pttl(key) == -1 and key not in wrong:  # type: ignore[operator]
+            if left_ms == -1 and key not in wrong:
                 wrong.append(key)
         return wrong
 
@@ -139,6 +144,11 @@ class Crew:
             eventually(lambda: not self.left() and not self.gates.exists("unacked", "celery"), "")
         except AssertionError:
             raise AssertionError(f"left behind: {self.left()}, {self.state()}") from None
+
+    def an_hour_later(self) -> None:
+        """Whatever was woken, and was lost on its way, is sent once more."""
+        for one in self.lot.waiting():
+            self.gates.zadd(self.lot.keys.due, {f"={one.id}": 1}, xx=True)
 
     def settled(self, folder: Path) -> set[str]:
         """The ids of tasks that were in no worker's hands when a server ended: in its queue, or parked.
