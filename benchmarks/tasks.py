@@ -12,7 +12,8 @@ from uuid import uuid4
 
 from celery.app.trace import build_tracer
 
-from petiole.coordination.guarded import guard_namespaces
+from petiole.coordination.coordinated import CoordinatedTask
+from petiole.coordination.guarded import guard
 
 from .floor import Floor
 from .measure import Call, Entrant, Measured, interleave, repeated
@@ -31,7 +32,8 @@ def measure_passing(server: Server, whose: Sequence[str] = (), rounds: int = ROU
         peers = task_peers(stack, server.url)
         floor = stack.enter_context(closing(Floor(server.host, server.port)))
         round_trip = repeated(script_call(floor))
-        guard_namespaces([peers.app.main])  # as its main process says in a worker
+        gated = [task for task in peers.passing.values() if isinstance(task, CoordinatedTask)]
+        guard((task.name, task.lot.redis.address) for task in gated)  # as its main process says in a worker
         peers.passing[HIT].apply((0,))  # the first makes what the others find
         return interleave(
             [

@@ -3,6 +3,8 @@
 import ast
 import re
 import tomllib
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +179,16 @@ def test_errors_of_a_floor_have_one_root() -> None:
 
         assert errors
         assert all(issubclass(error, getattr(module, root)) for error in errors)
+
+
+OUTSIDE = [path for folder in ("benchmarks", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=named)
+def test_what_benchmarks_and_examples_take_from_the_package_is_there(path: Path) -> None:
+    """Nothing else looks at those that nobody runs here: some need libraries that are only installed to measure."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("petiole"):
+            module = import_module(str(node.module))
+            for alias in node.names:
+                assert hasattr(module, alias.name) or find_spec(f"{node.module}.{alias.name}"), alias.name
