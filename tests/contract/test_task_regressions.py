@@ -424,7 +424,8 @@ def test_rate_limited_uses_up_no_retry_of_a_task_that_retries_by_itself(desk, ma
     if made == "by the decorator":
         task = desk.task(work, rate="1000/s", **options)
     else:
-        task = desk.app.task(base=CoordinatedTask, gate_redis=desk.redis, gate_rate="1000/s", **options)(work)
+        options |= {"base": CoordinatedTask, "gate_redis": desk.redis, "gate_rate": "1000/s"}
+        task = desk.app.task(name=f"{desk.name}.work", shared=False, **options)(work)
     desk.run(task)
     assert desk.parked() == 1
     assert [state for state, _ in desk.come()] == ["SUCCESS"]
