@@ -30,8 +30,14 @@ help: ## list what can be made
 demo: $(STAMP) ## run the main job; LOG=path replays a log, KILL=3 kills the worker thrice, KEEP=1 stays up
 	@$(BIN)/python -m examples.site.demo
 
+# Leases are judged by a clock. What fails while the processes of three tests share two cores is run once more,
+# alone; both results are shown, and what fails alone too has failed.
 test: $(STAMP) ## run the tests
-	@$(BIN)/python -m pytest -n 3
+	@$(BIN)/python -m pytest -n 3 || { \
+		[ $$? -eq 1 ] || exit 1; \
+		echo "petiole: what has failed among others is run once more, alone:" >&2; \
+		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none -v; \
+	}
 
 storm: $(STAMP) ## the long proofs: histories under faults, more of chance; a few minutes
 	@$(BIN)/python -m pytest -q -m storm

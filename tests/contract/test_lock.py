@@ -12,7 +12,7 @@ import pytest
 from local_nodes import eventually
 
 from petiole.cachelib import EmbeddedServer, Settings, connect
-from petiole.coordination import Busy, Hold, Lock, MultiLock, ReadWriteLock, Semaphore
+from petiole.coordination import Busy, Hold, Lock, MultiLock, ReadWriteLock, Semaphore, acquiring
 from petiole.coordination.errors import (
     LockError,
     LockLost,
@@ -596,12 +596,13 @@ def test_without_a_replica_what_wants_one_is_given_back(redis, name):
         assert is_free(lock)
 
 
-def test_with_a_replica_the_hold_is_there_when_it_is_returned(own_server, name):
+def test_with_a_replica_the_hold_is_there_when_it_is_returned(own_server, name, monkeypatch):
     primary = own_server("--repl-diskless-sync-delay", "0")
     replica = own_server("--replicaof", f"127.0.0.1 {primary.port}")
     with connect(primary.url) as redis, connect(replica.url) as copy, ThreadPoolExecutor(1) as pool:
         eventually(lambda: redis.coordination.execute_command("WAIT", 1, 100) == 1, "the replica follows")
         lock = Lock(redis, name, replicas=1)
+        monkeypatch.setattr(acquiring, "_REPLICATION_MS", 30_000)  # as long as a busy machine needs
         with lock as hold:
             assert copy.coordination.hexists(hold.store.name, f"h{hold.token}")
             following = pool.submit(lock.acquire, SOON_S)
@@ -609,6 +610,7 @@ def test_with_a_replica_the_hold_is_there_when_it_is_returned(own_server, name):
         granted = following.result(SOON_S)  # by the release of another: also that is confirmed
         assert copy.coordination.hexists(hold.store.name, f"h{granted.token}")
         assert granted.release()
+        monkeypatch.setattr(acquiring, "_REPLICATION_MS", 2_000)  # which this one waits for
         with pytest.raises(NotReplicated, match="1 of 2"):
             Lock(redis, name, replicas=2).acquire()
         assert is_free(lock)

@@ -38,7 +38,7 @@ def make_app(url: str) -> Celery:
         broker_connection_retry_on_startup=True,
         worker_prefetch_multiplier=1,
     )
-    notes = Redis.from_url(url, protocol=2)
+    notes = Redis.from_url(url, protocol=2, socket_timeout=None)  # a leader waits for ever
     cache = Cache(connect(settings=Settings(url=url, cache_timeout=2)), namespace="memos", lease=LEASE_S)
 
     def memoized(name: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -123,7 +123,7 @@ def server() -> Iterator[EmbeddedServer]:
 @pytest.fixture(scope="module")
 def notes(server: EmbeddedServer) -> Iterator[Redis]:
     """What the bodies have noted."""
-    with Redis.from_url(server.url, protocol=2, decode_responses=True) as client:
+    with Redis.from_url(server.url, protocol=2, decode_responses=True, socket_timeout=None) as client:
         yield client
 
 

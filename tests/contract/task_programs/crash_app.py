@@ -28,7 +28,7 @@ class Notes:
     """What the bodies note, and what they are told."""
 
     def __init__(self, url: str) -> None:
-        self.client: Redis = Redis.from_url(url, protocol=2, decode_responses=True)
+        self.client: Redis = Redis.from_url(url, protocol=2, decode_responses=True, socket_timeout=None)  # some wait
 
     def now_us(self) -> int:
         """The server's time."""

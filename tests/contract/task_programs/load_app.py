@@ -27,7 +27,7 @@ class Notes:
     """What the bodies note: one list per task, and how many are inside of something."""
 
     def __init__(self, url: str) -> None:
-        self.client: Redis = Redis.from_url(url, protocol=2, decode_responses=True)
+        self.client: Redis = Redis.from_url(url, protocol=2, decode_responses=True, socket_timeout=None)  # some wait
 
     def enter(self, task: Any, number: int, key: str) -> None:
         """Note that a body has begun, and what its gates said of it.
