@@ -287,7 +287,7 @@ class Cache:
         """
         request = Request(key, loader, self.policies.of(options), checked_tags(tags, self.keys))
         enough_ms = milliseconds(unless_fresh_for, "unless_fresh_for", zero_allowed=True)
-        return self._loading.refresh(request, unless_fresh_for_ms=enough_ms, token=token)
+        return self._loading.refresh(request, unless_fresh_for_ms=enough_ms, token=token, wait_ms=0)
 
     # Writing
 
@@ -614,10 +614,12 @@ class Cache:
         *,
         unless_fresh_for: Duration,
         token: str,
+        wait_ms: int = 0,
     ) -> bool:
-        """``refresh`` with options that were checked before."""
+        """``refresh`` with options that were checked before, which waits so long for a load that is under way."""
         enough_ms = milliseconds(unless_fresh_for, "unless_fresh_for", zero_allowed=True)
-        return self._loading.refresh(Request(key, loader, policy, tags), unless_fresh_for_ms=enough_ms, token=token)
+        request = Request(key, loader, policy, tags)
+        return self._loading.refresh(request, unless_fresh_for_ms=enough_ms, token=token, wait_ms=wait_ms)
 
     def _one(self, key: str) -> Reading | None:
         """What may be served of a key; None where there is nothing, and when Redis does not answer."""

@@ -154,8 +154,8 @@ class Loading:
             if waited_for is not None:
                 waited_for.land(None)
 
-    def refresh(self, request: Request, *, unless_fresh_for_ms: int, token: str) -> bool:
-        """Load a key anew. Returns whether a value was stored."""
+    def refresh(self, request: Request, *, unless_fresh_for_ms: int, token: str, wait_ms: int) -> bool:
+        """Load a key anew; a load that is under way is waited for. Returns whether a value was stored."""
         key, name = request.key, self._keys.entry(request.key)
         if unless_fresh_for_ms:
             readings = self._reader.read([key], request.tags, near=False)
@@ -166,9 +166,12 @@ class Loading:
                 if left_ms > unless_fresh_for_ms:
                     return False
         # As those do who have nothing to serve: it does not mind that a load has just failed.
-        reading = self._look(request, name, Take.GO_ON if token else Take.OR_WAIT, token, near=False)
-        if reading is None or not reading.leased:
-            return False
+        take, until = Take.GO_ON if token else Take.OR_WAIT, time.monotonic() + wait_ms / 1_000
+        while (reading := self._look(request, name, take, token, near=False)) is None or not reading.leased:
+            left_s = until - time.monotonic()
+            if reading is None or token or left_s <= 0:
+                return False
+            wait_for_load(self._redis, name, reading.look.holder, min(left_s, -reading.look.lease / 1_000))
         self._counters.add("refreshes")
         return self._load_and_fill(request, reading, None, pause=bool(token))[1]
 

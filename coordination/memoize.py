@@ -93,7 +93,7 @@ class MemoizedTask(CoordinatedTask):
         token = memo_refresh.token_in(self)
         if token is None:
             return self._lead_or_follow(memo, call, run)
-        value = memo.refresh(call, run, token)
+        value = memo.refresh(call, run, token, retried=self.request.retries > 0)
         if value is not MISS:
             return value
         # A lease that has run out, or that an invalidation has voided: nobody waits for what would have been made.

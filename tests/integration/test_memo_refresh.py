@@ -225,6 +225,31 @@ def test_a_refresh_that_is_retried_goes_on_as_one(
     assert sorted(states.get(timeout=PATIENCE_S) for _ in range(3)) == ["RETRY", "SUCCESS", "SUCCESS"]
 
 
+def test_a_retry_that_is_faster_than_its_attempt_waits_for_the_lease(
+    worker_app: Celery, worker: WorkController, declare: Callable[..., MemoizedTask], cache: Cache, until: Any
+) -> None:
+    """It is sent before the attempt ends, and another thread or process may have it at once."""
+    ran: list[str] = []
+
+    def body(self: Task, region: str) -> str:
+        ran.append(region)
+        if len(ran) == 2:
+            retry = self.retry(countdown=0, throw=False)
+            held = lease(cache.keys.entry(task.key(region)))
+            until(lambda: int(cache.redis.coordination.hget(held, "waiting") or 0) > 0)
+            raise retry
+        return ["old", "", "new"][len(ran) - 1]
+
+    task = declare(worker_app, body)
+    worker.reload()
+    task("north")
+    make_stale(task, "north")
+
+    assert task.delay("north").get(timeout=PATIENCE_S) == "old"
+    until(lambda: task.peek("north") == "new")
+    assert len(ran) == 3
+
+
 def test_the_header_of_another_task_means_nothing(app: Celery, declare: Callable[..., MemoizedTask]) -> None:
     """Whoever hands headers on from task to task makes no refreshes."""
     task = declare(app)
