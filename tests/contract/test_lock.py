@@ -610,7 +610,7 @@ def test_with_a_replica_the_hold_is_there_when_it_is_returned(own_server, name, 
         granted = following.result(SOON_S)  # by the release of another: also that is confirmed
         assert copy.coordination.hexists(hold.store.name, f"h{granted.token}")
         assert granted.release()
-        monkeypatch.setattr(acquiring, "_REPLICATION_MS", 2_000)  # which this one waits for
+        monkeypatch.undo()
         with pytest.raises(NotReplicated, match="1 of 2"):
             Lock(redis, name, replicas=2).acquire()
         assert is_free(lock)
