@@ -203,7 +203,7 @@ def test_a_waiter_that_was_granted_the_lock_while_it_was_stopped_does_not_believ
 def test_a_call_that_keeps_the_interpreter_beyond_the_lease_is_found_out(server, crew_of):
     """Renewals run in a thread, which gets no turn: the holder learns of the loss when it looks, from its own clock."""
     crew = crew_of(server.url)
-    hog = crew.start("prepare_hog", "acquire", "write", "wait", "hog_it", "write", "look", "release")
+    hog = crew.start("prepare_hog", "acquire", "write", "wait", "hog_it", "write", "look", "release", ttl_s=0.6)
     crew.hear(hog, "ready")
     successor = crew.start("acquire", "write", "wait", "release", ttl_s=LONG_TTL_S)
     with connected(server.url) as redis:

@@ -560,7 +560,7 @@ def test_one_thread_renews_all_of_a_process_in_few_commands(own, name):
 
 
 def test_the_thread_that_renews_ends_when_nothing_is_held_and_begins_again(redis, name):
-    before, lock = keepers(), Lock(redis, name, ttl=0.5)
+    before, lock = keepers(), Lock(redis, name, ttl=1)
     for _ in range(2):
         with lock as hold:
             assert len(keepers() - before) == 1
