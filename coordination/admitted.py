@@ -144,10 +144,13 @@ class Admitted:
             for state in locks:
                 frames.pop(state, None)
 
-    def end(self, verdict: str = "-", *, known_ms: int = 0) -> bool:
-        """Give all back. Whether it was held until now. When Redis does not answer, it is given back when it does."""
+    def end(self, verdict: str = "-", *, known_ms: int = 0, over: bool = True, retried_ms: int = 0) -> bool:
+        """Give all back; see ``ParkingLot.end``. Whether it was held until now.
+
+        When Redis does not answer, it is given back when it does.
+        """
         try:
-            known = self._lot.end(self._running, verdict=verdict, known_ms=known_ms)
+            known = self._lot.end(self._running, verdict=verdict, known_ms=known_ms, over=over, retried_ms=retried_ms)
         except (*UNAVAILABLE, RuntimeError):
             self.keep()
             for hold in self._holds.values():

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 from celery import Celery, Task, shared_task
 from celery.exceptions import Ignore
 from celery.result import AsyncResult
+from celery.signals import task_postrun
 
 from ..cachelib import MISS, Cache, Connections, connect
 from ..cachelib.circuit import UNAVAILABLE
@@ -86,6 +87,7 @@ class CoordinatedTask(Task):
         super().on_bound(app)
         if cls.run is not Task.run and _gates_of(cls, app):
             add_steps(app)
+            task_postrun.connect(passing.is_over, weak=False, dispatch_uid="petiole")
 
     @property
     def gates(self) -> Gates:
@@ -227,7 +229,8 @@ class CoordinatedTask(Task):
             finally:
                 self.pop_request()
         followed = parked_messages.header_of(running).get("follows")
-        if isinstance(followed, str) and not parked_messages.generation_of(running):
+        followed = followed if isinstance(followed, str) else ""
+        if followed and not parked_messages.generation_of(running):
             value = self._joined(f"j{followed}")
             if value is not MISS:
                 self._counters.add("joined")
@@ -237,8 +240,10 @@ class CoordinatedTask(Task):
         except (TypeError, ValueError):
             self._leave_lot()
             raise
-        if parked_messages.header_of(running).get("again") and not any(_is_unique(gate) for gate in gates):
-            gates = [gate for gate in gates if gate.kind != "c"]  # it has started once
+        running.asks_gates = True
+        started_once = parked_messages.header_of(running).get("again") and not any(gate.is_unique for gate in gates)
+        if started_once or not self._claims():
+            gates = [gate for gate in gates if gate.kind != "c"]
         return Passage(
             self,
             self.lot,
@@ -251,12 +256,25 @@ class CoordinatedTask(Task):
             self._joined,
             self._verdict_of,
             lambda: self._reclaim(arguments, keywords),
+            followed,
             alone=memo is not None and not self.gates,
         ).go()
 
     def _forget_joined(self, id: str) -> None:
         with suppress(CachelibError, RuntimeError, *UNAVAILABLE):
             _joined_cache(self.lot).delete(f"{self.name}:{id}")
+
+    def _claims(self) -> bool:
+        """Whether the running delivery may be the one that others claim to be."""
+        return True
+
+    def _unclaim_start(self, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None:
+        """The running delivery ends and has not asked its gates: what it claimed until it starts is free again."""
+        request, unique = self.request_stack.top, _unique_of(type(self))
+        if request is None or request.called_directly or unique is None or unique.until not in get_args(Until):
+            return
+        if request.id and not getattr(request, "asks_gates", False):
+            self.unclaim(request.id, arguments, keywords)
 
     def _leave_lot(self) -> None:
         """This delivery was woken, and will not ask its gates: it has none any more, or they are others."""
@@ -306,7 +324,7 @@ class CoordinatedTask(Task):
         """Claim to be the only call. The id of another one that is, or the empty text."""
         gates = self.gates.of(arguments, keywords)
         claims = [gate for gate in gates if gate.kind == "c"]
-        permits = [gate.state for gate in gates if _is_unique(gate)]
+        permits = [gate.state for gate in gates if gate.is_unique]
         ttl_ms = _claim_ms(unique)
         if unique.until in get_args(Until):
             ttl_ms += int(_seconds_until_due(options) * 1_000)
@@ -321,10 +339,6 @@ class CoordinatedTask(Task):
         except UNAVAILABLE as error:
             logger.warning("%s: whether it is the only call is decided in the worker: %s", self.name, error)
         return ""
-
-
-def _is_unique(gate: GateCall) -> bool:
-    return gate.lock is not None and gate.lock[0] == "unique"
 
 
 def _claim_ms(unique: Unique) -> int:

@@ -142,6 +142,16 @@ class GateCall(msgspec.Struct, frozen=True):  # some are made for each call: a t
     """Of permits: kind and name, as a ``TurnStore`` has them."""
 
     @property
+    def claims_start(self) -> bool:
+        """Whether it is a claim that ends when the task starts; then a permit may stand for it."""
+        return self.kind == "c" and self.rest == 1
+
+    @property
+    def is_unique(self) -> bool:
+        """Whether it is the permit of the only call that runs."""
+        return self.lock is not None and self.lock[0] == "unique"
+
+    @property
     def form(self) -> tuple[str, int, int, int, int, int, str]:
         """What the scripts are told that is the same for most calls of a task."""
         return self.kind, self.count, self.span, self.rest, self.part, self.most, self.policy

@@ -6,11 +6,13 @@ call runs at a time, and it stores nothing that was invalidated since the reader
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from celery import Task
 
 from ..cachelib.policy import Refresh
+from . import parked_messages
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +28,16 @@ def header(task: str, token: str = "") -> dict[str, str]:
     return {_HEADER: f"{task} {token}"}
 
 
+def is_header(task: str, headers: Any) -> bool:
+    """Whether a message with these headers is a refresh of a task."""
+    return isinstance(headers, Mapping) and str(headers.get(_HEADER, "")).partition(" ")[0] == task
+
+
 def token_in(task: Task) -> str | None:
     """The token that the message which is being worked on carries; None for one that is no refresh.
 
     The name of the task is part of it, so that in headers that somebody hands on to another task it means nothing. A
-    retry comes after the lease was given back, so it carries none.
+    retry, or one that was parked, comes after the lease was given back, so it carries none.
     """
     request = task.request
     if request.called_directly or not request.headers:
@@ -38,7 +45,12 @@ def token_in(task: Task) -> str | None:
     name, _, token = str(request.headers.get(_HEADER, "")).partition(" ")
     if name != task.name:
         return None
-    return "" if request.retries else token
+    return "" if comes_again(task) else token
+
+
+def comes_again(task: Task) -> bool:
+    """Whether an earlier delivery of the message may have had the lease, and may be about to give it back."""
+    return bool(task.request.retries or parked_messages.generation_of(task.request))
 
 
 class TaskRefresher:

@@ -110,15 +110,15 @@ class Memo:
         self._counters.add("hits")
         return value
 
-    def refresh(self, call: Call, run: Callable[[], Any], token: str, *, retried: bool) -> Any:
+    def refresh(self, call: Call, run: Callable[[], Any], token: str, *, again: bool) -> Any:
         """Make the result of a call anew; ``MISS`` when that is somebody else's by now, or Redis is away.
 
-        A retry is sent before the attempt that asks for it gives its lease back, so it waits for that: no longer than
-        a lease, which is over then if nobody renews it.
+        A retry is sent before the attempt that asks for it gives its lease back, and one that is parked may be woken
+        before: it waits for that, no longer than a lease, which is over then if nobody renews it.
         """
         cache, policy = self._policy()
         made = _Made(run)
-        wait_ms = cache.lease_ms if retried else 0
+        wait_ms = cache.lease_ms if again else 0
         try:
             cache.refresh_call(call.key, made, policy, call.tags, unless_fresh_for=0, token=token, wait_ms=wait_ms)
         except _NoResult as no:

@@ -90,10 +90,16 @@ class MemoizedTask(CoordinatedTask):
         if memo is None:
             return run()
         call = memo.call(arguments, keywords)
+        try:
+            return self._found_or_run(memo, call, run)
+        finally:
+            self._unclaim_start(arguments, keywords)
+
+    def _found_or_run(self, memo: Memo, call: Call, run: Callable[[], Any]) -> Any:
         token = memo_refresh.token_in(self)
         if token is None:
             return self._lead_or_follow(memo, call, run)
-        value = memo.refresh(call, run, token, retried=self.request.retries > 0)
+        value = memo.refresh(call, run, token, again=memo_refresh.comes_again(self))
         if value is not MISS:
             return value
         # A lease that has run out, or that an invalidation has voided: nobody waits for what would have been made.
@@ -115,6 +121,10 @@ class MemoizedTask(CoordinatedTask):
         With ``memo_short_circuit``, a bare call whose result is fresh is answered without the broker.
         """
         memo = self.memo
+        if memo_refresh.is_header(self.name, options.get("headers")):  # which the lease of the cache makes unique
+            return super(CoordinatedTask, self).apply_async(
+                args, kwargs, task_id, producer, link, link_error, shadow, **options
+            )
         if memo is not None and isinstance(args, list | tuple | None) and isinstance(kwargs, Mapping | None):
             call = memo.call(args or (), kwargs or {})
             if memo.options.short_circuit:
@@ -174,6 +184,9 @@ class MemoizedTask(CoordinatedTask):
         lead = partial(memo.lead_or_wait, call, body)
         gate = memo_gate(call.key)
         return without_frames(lambda: self._pass_gates(call.arguments, call.keywords, lead, memo=gate))
+
+    def _claims(self) -> bool:
+        return memo_refresh.token_in(self) is None
 
     def _joined(self, verdict: str) -> Any:
         """As of a coordinated task; and what is remembered."""

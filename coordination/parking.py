@@ -266,16 +266,36 @@ class ParkingLot:
                     raise ValueError(f"task_admit.lua returned {reply!r}")
                 return Full(gate, outcome == -4)
 
-    def end(self, running: Running, *, verdict: str = "-", known_ms: int = 0) -> bool:
+    def end(
+        self, running: Running, *, verdict: str = "-", known_ms: int = 0, over: bool = True, retried_ms: int = 0
+    ) -> bool:
         """Give back what a task holds. May be repeated.
 
         Arguments:
             verdict: what those are told that wait to end with its result; "-": that they may run.
             known_ms: how long it is to be known that it has ended.
+            over: False: Celery has something to do for it still, and says by ``over`` when it has.
+            retried_ms: in what time its next attempt comes, if that ends others with its result too; 0: there is none.
         """
-        told = [verdict if gate.joins else "-" for gate in running.gates if gate.kind == "p"]
-        permits = [[gate.state, gate.second, gate.count] for gate in running.gates if gate.kind == "p"]
-        return self._end(running.attempt.id, running.attempt.token, running.nonce, permits, told, known_ms=known_ms)
+        permits = [gate for gate in running.gates if gate.kind == "p"]
+        attempt = running.attempt
+        return self._end(
+            attempt.id,
+            attempt.token,
+            running.nonce,
+            [[gate.state, gate.second, gate.count] for gate in permits],
+            [verdict if gate.joins else "-" for gate in permits],
+            known_ms=known_ms if over else running.lease_ms,
+            rest=b"" if over else _run_text([], running.lease_ms),
+            next_token=attempt._replace(retries=attempt.retries + 1).token if retried_ms else "",
+            next_ms=retried_ms + running.lease_ms,
+            keeps=[int(bool(retried_ms) and gate.joins and gate.is_unique) for gate in permits],
+        )
+
+    def over(self, running: Running, *, known_ms: int) -> bool:
+        """Celery has done all there was to do for an attempt that gave back what it held."""
+        attempt = running.attempt
+        return self._end(attempt.id, attempt.token, running.nonce, [], [], known_ms=known_ms)
 
     def has_ended(self, token: str) -> bool:
         """Whether an attempt is known to have ended."""
@@ -432,6 +452,7 @@ class ParkingLot:
             parked=self.keys.parked,
             due=self.keys.due,
             ids=[one.id for one in woken],
+            tokens=[one.token for one in woken],
             generations=[one.generation for one in woken],
             forget=[int(over) for over in forget],
             again_ms=[_SEND_AGAIN_MS] * len(woken),
@@ -463,11 +484,11 @@ class ParkingLot:
                 return bool(woken)
             line = at.decode()
 
-    def forget(self, id: str, *, if_sent: bool = False) -> bool:
+    def forget(self, id: str, *, sent_as: str = "") -> bool:
         """Know nothing more of a parked task. Whether it was known.
 
         Arguments:
-            if_sent: only if it has been sent, and has not come to its gates.
+            sent_as: the token of an attempt; only if that has been sent, and has not come to its gates.
         """
         return _FORGET(
             self.redis.coordination,
@@ -476,12 +497,12 @@ class ParkingLot:
             woken=self.keys.woken,
             due=self.keys.due,
             id=id,
-            if_sent=int(if_sent),
+            sent_as=sent_as,
         )
 
     def died(self, attempt: Attempt, gates: Sequence[GateCall]) -> None:
         """A process has died that had not asked the gates of its task: Celery has said that it failed."""
-        if self.forget(attempt.id, if_sent=True):
+        if self.forget(attempt.id, sent_as=attempt.token):
             self._hand_on(attempt, gates)
 
     def revoked(self, attempt: Attempt, gates: Sequence[GateCall]) -> None:
@@ -530,6 +551,10 @@ class ParkingLot:
         *,
         crashed: bool = False,
         known_ms: int = 0,
+        rest: bytes = b"",
+        next_token: str = "",
+        next_ms: int = 0,
+        keeps: Sequence[int] = (),
     ) -> bool:
         states = [permit[0] for permit in permits]
         known = self._ending(len(states), crashed=crashed)(
@@ -544,9 +569,15 @@ class ParkingLot:
                 token,
                 nonce,
                 str(known_ms),
+            ),
+            rest,
+            *_encoded(
+                next_token,
+                str(next_ms),
                 *[str(permit[2]) for permit in permits],
                 *[_word(verdict) for verdict in verdicts],
                 *[str(int(keys.needs_no_fence(state))) for state in states],
+                *[str(kept) for kept in keeps or [0] * len(states)],
             ),
         )
         return bool(known)
@@ -614,10 +645,14 @@ class ParkingLot:
                 crashed=int(crashed),
                 channel=self.keys.channel,
                 known_ms=HOLE,
+                rest=HOLE,
+                next_token=HOLE,
+                next_ms=HOLE,
                 most=_MOST_TOLD,
                 capacities=[HOLE] * permits,
                 verdicts=[HOLE] * permits,
                 forgets=[HOLE] * permits,
+                keeps=[HOLE] * permits,
             ),
         )
 

@@ -8,7 +8,10 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -74,6 +77,15 @@ class DeliveryDropped(Ignore):  # type: ignore[misc]
     """Ends a delivery for which another one stands."""
 
 
+def is_over(task: Task, **_: Any) -> None:
+    """Celery has kept the result of a task, and sent what follows it. A receiver of ``task_postrun``."""
+    when_over = getattr(task.request, "when_over", None)
+    if when_over is not None:
+        task.request.when_over = None
+        with suppress(RuntimeError, *UNAVAILABLE):  # then it may run again if it comes again, as any late task
+            when_over()
+
+
 @dataclass(frozen=True, slots=True)
 class Passage:
     """One call of a task on its way."""
@@ -92,6 +104,8 @@ class Passage:
     """What those are told that wait to end with this result, which that run has brought."""
     reclaim: Callable[[], None]
     """Claim once more to be the only call."""
+    followed: str = ""
+    """The id of the call whose result it is to have, if that ends first."""
     alone: bool = False
     """Whether the gate is only there so that others need not do the same: without Redis it is open."""
 
@@ -106,6 +120,7 @@ class Passage:
             return self._wait_here()
         if is_guarded(self.task.name, self.lot.redis.address):
             return self._delivered()
+        self._unclaim()  # it waits here for those that run, and asks for no claim
         try:  # nobody in this worker would wake it: the task was declared after the worker had started
             return self._wait_here()
         except UNAVAILABLE as error:
@@ -127,6 +142,9 @@ class Passage:
             if isinstance(outcome, Stale) and attempt.generation and self._was_lost(attempt):
                 attempt = attempt._replace(generation=0)
                 continue
+            if isinstance(outcome, Running) and self.followed:
+                value = self._followed(outcome)
+                return self._run(outcome) if value is MISS else value
             if not isinstance(outcome, Verdict):
                 return self._act_on(outcome)
             value = self._decided(outcome)
@@ -150,14 +168,33 @@ class Passage:
     def _decided(self, verdict: Verdict) -> Any:
         """What a call ends with by a verdict; ``MISS`` when that is not known any more."""
         if verdict.text == "d":
+            self._unclaim()
             self.counters.add("dropped")
             return None
         if verdict.text == "x":
+            self._unclaim()
             raise DeliveryDropped("it was revoked while it waited")
         value = self.joined(verdict.text)
         if value is not MISS:
+            self._unclaim()
             self.counters.add("joined")
         return value
+
+    def _followed(self, running: Running) -> Any:
+        """The result of the call that it follows, which may have ended after it was looked for; else ``MISS``."""
+        verdict = f"j{self.followed}"
+        value = self.joined(verdict)
+        if value is not MISS:
+            Admitted(self.lot, running).end(verdict)
+            self.counters.add("joined")
+        return value
+
+    def _unclaim(self) -> None:
+        """It ends, and was never admitted: what it claimed until it starts is free for the next one."""
+        for gate in self.gates:
+            if gate.claims_start:
+                with suppress(*UNAVAILABLE):
+                    self.lot.unclaim(gate.state, self.task.request.id)
 
     def _has_ended(self, attempt: Attempt) -> bool:
         """Whether the broker delivers it again because it has not heard that it has ended."""
@@ -224,6 +261,7 @@ class Passage:
                 self.counters.add("stale")
                 raise DeliveryDropped("another delivery stands for it")
             case Full(by, dropped):
+                self._unclaim()
                 self.counters.add("dropped" if dropped else "rejected")
                 if dropped:
                     return None
@@ -283,7 +321,8 @@ class Passage:
                 continue
             if not isinstance(outcome, Refused):
                 return self._act_on(outcome)
-            if outcome.by is not None and outcome.by.most == 0:
+            # A retry is sent before its attempt ends: what refuses it may be that one.
+            if outcome.by is not None and outcome.by.most == 0 and not attempt.again:
                 self.counters.add("dropped" if outcome.by.policy == "n" else "rejected")
                 if outcome.by.policy == "n":
                     return None
@@ -317,24 +356,42 @@ class Passage:
             if not delivered:
                 raise
             return self._again(running.attempt._replace(generation=0, again=True), limited, paused=paused)
-        except (Retry, Reject, Ignore):  # Ignore: it was replaced, by one that has its id
+        except (Retry, Reject, Ignore) as ended:  # Ignore: it was replaced, by one that has its id
             if request.admission is admitted:
-                admitted.end()
+                admitted.end(retried_ms=self._retried_ms(ended))
             raise
         except BaseException:
-            admitted.end(known_ms=self._known_ms)
+            self._end(admitted, running, "-")
             raise
         finally:
             request.admission = None
-        # Of one that was parked another message may come, which was sent because no answer had come.
-        known_ms = self._known_ms or (_KNOWN_PARKED_MS if running.attempt.generation else 0)
-        admitted.end(verdict, known_ms=known_ms)
+        self._end(admitted, running, verdict)
         return value
 
-    @property
-    def _known_ms(self) -> int:
-        """How long it is to be known that it has ended: where the broker may deliver it again, for not having heard."""
-        return _KNOWN_MS if self.task.acks_late else 0
+    def _end(self, admitted: Admitted, running: Running, verdict: str) -> None:
+        """Give all back; and have it known that the call has ended, where another message of it may come.
+
+        Where the broker delivers it again because it has not heard, that is to be known only when Celery has kept the
+        result and sent what follows: what died before that comes again.
+        """
+        request = self.task.request
+        if not self.task.acks_late:
+            # Of one that was parked another message may come, which was sent because no answer had come.
+            admitted.end(verdict, known_ms=_KNOWN_PARKED_MS if running.attempt.generation else 0)
+        elif request.called_directly or request.is_eager:
+            admitted.end(verdict)
+        else:
+            admitted.end(verdict, over=False)
+            request.when_over = partial(self.lot.over, running, known_ms=_KNOWN_MS)
+
+    def _retried_ms(self, ended: BaseException) -> int:
+        """In what time the next attempt of the only call comes; 0: there is none, or others need not wait for it."""
+        if not isinstance(ended, Retry) or not any(gate.kind == "c" and gate.policy == "j" for gate in self.gates):
+            return 0
+        when = ended.when
+        if isinstance(when, datetime):
+            when = (when - datetime.now(when.tzinfo)).total_seconds()
+        return 1 + int(max(0.0, float(when or 0)) * 1_000)
 
     def _pause(self, admitted: Admitted, limited: RateLimited) -> bool:
         """Whether a gate is closed now. What the call has claimed is its own until it has ended."""

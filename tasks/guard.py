@@ -237,7 +237,7 @@ class Guard:
             if known is not None and known.is_of(one.pid):
                 runs_on = one.known is not None and known.nonce == one.known.nonce
                 one.known = known
-                if runs_on:
+                if runs_on and known.gates:  # else it has given them back itself
                     self._was_lost(one, "somebody has taken it away")
             else:
                 one.known = None

@@ -105,8 +105,9 @@ def run_what_parks_in_one_slot(clustered: Connections, namespace: str) -> None:
     client.zadd(named.woken, {"id": 1})
     found = parking._NEXT(client, **common, gates=named.gates, lead_us=0, most=10)
     assert found[4] == [b"id", b"1", b"id.0", b"-", b"w", b"record"]
-    assert parking._SENT(client, **common, ids=["id"], generations=[1], forget=[0], again_ms=[60_000]) == 1
-    assert parking._FORGET(client, **common, id="id", if_sent=0)
+    sent = {"ids": ["id"], "tokens": ["id.0"], "generations": [1], "forget": [0], "again_ms": [60_000]}
+    assert parking._SENT(client, **common, **sent) == 1
+    assert parking._FORGET(client, **common, id="id", sent_as="")
     client.set(named.run("id.0"), "nonce text", px=1_000)
     assert parking._RENEW(client, runs=[named.run("id.0")], nonces=["nonce"], leases_ms=[60_000]) == [1]
     claim = keys.claim(namespace, "key")

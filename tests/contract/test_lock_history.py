@@ -177,7 +177,7 @@ def test_a_holder_that_was_stopped_beyond_its_lease_is_refused_where_it_writes(s
 
 def test_a_waiter_that_was_granted_the_lock_while_it_was_stopped_does_not_believe_it(server, crew_of):
     crew = crew_of(server.url)
-    holder = crew.start("acquire", "wait", "release")
+    holder = crew.start("acquire", "wait", "release", ttl_s=LONG_TTL_S)
     crew.hear(holder, "ready")
     sleeper = crew.start("acquire", "write", "look", "release")
     with connected(server.url) as redis:

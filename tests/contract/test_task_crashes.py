@@ -200,6 +200,12 @@ def test_the_next_in_line_starts_when_a_running_task_is_revoked(crew: Crew, tag:
         first.get(timeout=PATIENCE_S)
 
 
+def test_a_task_whose_process_was_killed_before_its_result_was_kept_runs_again(crew: Crew, tag: str) -> None:
+    """Its body had ended, and its lock was given back."""
+    assert crew["die_with_the_result"].delay(tag).get(timeout=PATIENCE_S) == 2
+    assert len(crew.noted(tag, "began")) == 2
+
+
 @pytest.mark.parametrize("task", ["rejected", pytest.param("retried", marks=pytest.mark.storm)])
 def test_a_task_that_comes_again_after_its_process_was_killed_runs_again(crew: Crew, tag: str, task: str) -> None:
     """It finds nothing of its first attempt in its way; and the one that waited for it runs too, not beside it."""

@@ -7,8 +7,9 @@ for one round. So each test decides in which order messages come, which is what 
 import json
 from datetime import UTC, datetime, timedelta
 from itertools import count
-from threading import Thread
+from threading import Event, Thread
 from types import SimpleNamespace
+from unittest.mock import patch
 from uuid import uuid4
 
 import pytest
@@ -25,11 +26,12 @@ from petiole import Lock, memoized_task
 from petiole.cachelib import Cache, Settings, connect
 from petiole.cachelib.embedded import find_program, free_port
 from petiole.cachelib.guarded import GuardedProcess
+from petiole.cachelib.keys import lease
 from petiole.coordination import guarded, parked_messages, passing
 from petiole.coordination.coordinated import CoordinatedTask, coordinated_task
 from petiole.coordination.errors import DuplicateTask, RateLimited, TooManyParked
 from petiole.coordination.gates import Rate, Unique
-from petiole.coordination.hold import Busy
+from petiole.coordination.hold import Busy, Hold
 from petiole.coordination.parking import Attempt, Parked, ParkingLot, Refused, Running
 from petiole.tasks import pump as pump_module
 from petiole.tasks.guard import Guard
@@ -79,7 +81,7 @@ class Desk:
                 message.ack()
                 yield message
 
-    def deliver(self, message, app=None, *, guarded_here=True):
+    def deliver(self, message, app=None, *, guarded_here=True, redelivered=False):
         """Run what was sent, as a worker does; what became of it."""
         app = app or self.app
         arguments, keywords, _ = message.payload
@@ -88,10 +90,11 @@ class Desk:
             guarded.guard([(task.name, task.lot.redis.address)])
         request = {
             **message.headers, "args": arguments, "kwargs": keywords, "hostname": "here",
-            "delivery_info": {"exchange": "", "routing_key": self.name, "redelivered": False},
+            "delivery_info": {"exchange": "", "routing_key": self.name, "redelivered": redelivered},
         }  # fmt: skip
         id = message.headers["id"]
-        app.backend.forget(id)
+        if not redelivered:
+            app.backend.forget(id)
         build_tracer(task.name, task, app=app, hostname="here")(id, arguments, keywords, request)
         result = app.AsyncResult(id)
         return result.state, result.result
@@ -765,3 +768,291 @@ def test_those_that_wait_for_a_result_that_is_not_kept_are_woken_one_by_one(desk
         desk.deliver(message)
         assert desk.parked() == left - 1
     assert len(ran) == 5
+
+
+# What is sent before what it depends on has ended
+
+
+def test_a_late_task_that_died_before_celery_kept_its_result_runs_again(desk):
+    """Its gates had noted that it had ended: nothing was left to run it, or to send what follows."""
+    ran = []
+    task = desk.task(noting(ran), acks_late=True, lock=f"{desk.name}:a")
+    message = desk.send(task, 1)
+    with patch.object(ParkingLot, "over", lambda *_, **__: False):  # its process dies before
+        desk.deliver(message)
+    assert isinstance(desk.lock().try_acquire(), Hold), "what it held is given back"
+
+    desk.deliver(message, redelivered=True)
+    assert (ran, desk.parked()) == ([1], 1), "it may be alive"
+    token = Attempt(message.headers["id"], 0).token
+    assert desk.lot.crashed(token, desk.lot.running([token])[token])
+    desk.lock().force_release()
+    desk.come()
+    assert ran == [1, 1]
+
+    desk.deliver(message, redelivered=True)
+    assert (ran, desk.parked()) == ([1, 1], 0), "and then it is known to have ended"
+
+
+def test_a_task_that_has_given_back_what_it_held_has_not_lost_it(desk):
+    """While Celery keeps its result, the guard looks after it still."""
+    task = desk.task(noting([]), lock=f"{desk.name}:a", lease=30)
+    running = desk.lot.admit(Attempt("A", 0), task.gates.of((1,), {}), record=None)
+    request = RequestOf(id="A", task=task, request_dict={}, worker_pid=None, args=(1,), kwargs={})
+    guard = Guard(desk.app, [task.lot], processes=False)
+    worker_state.active_requests.add(request)
+    try:
+        for end in (lambda: None, lambda: desk.lot.end(running, over=False)):
+            guard.accepted(request)
+            end()
+            for one in guard._running.values():
+                one.due = 0.0
+            guard._look()
+        assert (guard.lost, desk.lot.renew(desk.lot.running(["A.0"]))) == (0, [])
+    finally:
+        worker_state.active_requests.discard(request)
+
+
+def test_a_delivery_that_waits_for_one_that_celery_is_done_with_is_no_more(desk):
+    ran = []
+
+    def work(number):
+        ran.append(number)
+        if len(ran) == 1:
+            again = Thread(target=desk.deliver, args=(message,), kwargs={"redelivered": True})
+            again.start()
+            again.join()
+            assert desk.parked() == 1
+
+    task = desk.task(work, acks_late=True, lock=f"{desk.name}:a")
+    message = desk.send(task, 1)
+    desk.deliver(message)
+    assert (ran, desk.parked()) == ([1], 0)
+
+
+@pytest.mark.parametrize("until", ["start", "end"])
+@pytest.mark.parametrize("ends", ["rejected", "newest dropped", "oldest dropped", "dropped while it waits"])
+def test_a_call_that_ends_without_having_started_claims_nothing_any_more(desk, until, ends):
+    """For an hour every later call of its key was dropped."""
+    ran = []
+    full = "reject" if ends == "rejected" else "drop_newest" if ends == "newest dropped" else "drop_oldest"
+    unique = Unique("{number}", until=until, on_conflict="drop")
+    task = desk.task(noting(ran), lock=f"{desk.name}:a", max_parked=1, when_full=full, unique=unique)
+    with desk.lock():
+        desk.run(task, 1)
+        desk.run(task, 2)
+        if full == "drop_oldest":
+            desk.come()
+    while desk.parked():
+        desk.come()
+    ended = 1 if full == "drop_oldest" else 2
+    assert ran == [3 - ended]
+    desk.run(task, ended)
+    assert ran == [3 - ended, ended]
+
+
+def test_a_call_that_ends_with_what_is_remembered_claims_nothing_any_more(desk):
+    ran = []
+    task = memoized_task(
+        app=desk.app, cache=Cache(desk.redis, namespace=desk.name), name=f"{desk.name}.made", ttl="5m",
+        gate_redis=desk.redis, gate_unique=Unique("{number}", until="end", on_conflict="drop"),
+    )(noting(ran))  # fmt: skip
+    for _ in range(3):
+        desk.run(task, 1)
+    assert ran == [1]
+    task.invalidate(1)
+    desk.run(task, 1)
+    assert ran == [1, 1]
+
+
+def test_the_refresh_of_a_call_that_is_unique_is_sent_while_another_call_has_the_claim(desk):
+    ran = []
+    task = memoized_task(
+        app=desk.app, cache=Cache(desk.redis, namespace=desk.name), name=f"{desk.name}.made", ttl="5m", stale="5m",
+        gate_redis=desk.redis, gate_unique=Unique("{number}", until="end", on_conflict="drop"),
+    )(noting(ran))  # fmt: skip
+    desk.run(task, 1)
+    assert task.memo.cache.expire(task.key(1))
+    desk.run(task, 1)  # which finds it stale
+    (refresh,) = desk.messages()
+    waits = desk.send(task, 1)
+    desk.deliver(refresh)
+    assert ran == [1, 1]
+    desk.deliver(waits)
+    assert ran == [1, 1]
+
+
+@pytest.mark.parametrize("woken", ["later", "before the lease of its parking is given back"])
+@pytest.mark.parametrize("sent_by", ["a reader", "refresh"])
+def test_a_refresh_that_was_parked_runs(desk, monkeypatch, sent_by, woken):
+    """It ended with nothing, and kept the lock that it was handed; or it saw the lease taken, and ended with that."""
+    ran, came, cache = [], [], Cache(desk.redis, namespace=desk.name)
+
+    @memoized_task(
+        app=desk.app, cache=cache, name=f"{desk.name}.made", ttl="5m", stale="5m",
+        gate_redis=desk.redis, gate_lock=f"{desk.name}:a",
+    )  # fmt: skip
+    def task(number):
+        ran.append(len(ran))
+        return ran[-1]
+
+    desk.run(task, 1)
+    held = desk.lock().acquire()
+    if sent_by == "refresh":
+        task.refresh(1)
+    else:
+        assert task.memo.cache.expire(task.key(1))
+        desk.run(task, 1)
+    (refresh,) = desk.messages()
+    act_on, coming = passing.Passage._act_on, Thread(target=lambda: came.extend(desk.come()))
+
+    def act_when_it_has_come(self, outcome):
+        if isinstance(outcome, Parked):
+            monkeypatch.setattr(passing.Passage, "_act_on", act_on)
+            held.release()
+            coming.start()
+            state = lease(cache.keys.entry(task.key(1)))
+            eventually(lambda: int(desk.redis.coordination.hget(state, "waiting") or 0) > 0, "it waits for the lease")
+        return act_on(self, outcome)
+
+    if woken != "later":
+        monkeypatch.setattr(passing.Passage, "_act_on", act_when_it_has_come)
+    desk.deliver(refresh)
+    if woken == "later":
+        held.release()
+        coming.start()
+    coming.join()
+    assert (ran, len(came)) == ([0, 1], 1)
+    assert task.peek(1) == 1
+    assert isinstance(desk.lock().try_acquire(), Hold)
+
+
+@pytest.mark.parametrize("comes", ["later", "before its attempt has ended"])
+def test_those_that_wait_to_end_with_a_call_wait_for_its_retries_too(desk, comes):
+    """The permit went to them while it waited for its next attempt, and they ran."""
+    ran = []
+
+    def work(self, number):
+        ran.append((self.request.id, self.request.retries))
+        if len(ran) == 1:
+            desk.deliver(waits)
+            retry = self.retry(countdown=1, throw=False)
+            if comes != "later":
+                early = Thread(target=lambda: [desk.deliver(message) for message in desk.messages()])
+                early.start()
+                early.join()
+            raise retry
+        return "made"
+
+    task = desk.task(work, bind=True, unique=Unique("{number}", until="end"))
+    first, waits = desk.send(task, 1, id="A"), desk.send(task, 1, id="B")
+    desk.deliver(first)
+    if comes == "later":
+        desk.pump.once()
+        (retry,) = desk.messages()
+        desk.deliver(desk.send(task, 1, id="C"))
+        assert desk.parked() == 2
+        desk.deliver(retry)
+        ended = desk.come(2)
+    else:
+        assert desk.parked() == 2
+        desk.come()
+        ended = desk.come()
+    assert ran == [("A", 0), ("A", 1)]
+    assert set(ended) == {("SUCCESS", "made")}
+
+
+def test_a_result_that_came_while_it_was_looked_for_is_found(desk, monkeypatch):
+    """Between the look for the other's result and the gates that one ended: both ran."""
+    ran, go = [], passing.Passage.go
+
+    def work(number):
+        ran.append(number)
+        return len(ran)
+
+    task = desk.task(work, unique=Unique("{number}", until="end"))
+    first, second = desk.send(task, 1), desk.send(task, 1)
+
+    def go_when_the_first_has_ended(self):
+        monkeypatch.setattr(passing.Passage, "go", go)
+        other = Thread(target=desk.deliver, args=(first,))
+        other.start()
+        other.join()
+        return go(self)
+
+    monkeypatch.setattr(passing.Passage, "go", go_when_the_first_has_ended)
+    assert desk.deliver(second) == ("SUCCESS", 1)
+    assert ran == [1]
+    third = desk.lot.admit(Attempt("third", 0), task.gates.of((1,), {}), record=None)
+    assert isinstance(third, Running), "what it was admitted with is given back"
+
+
+def test_that_an_attempt_was_sent_is_not_noted_of_its_retry(yard):
+    """The pump was slow to note it; meanwhile it ran, was retried, parked, and woken. It was never sent."""
+    gates = yard.gates(lock="a")
+    first = yard.run("a", gates)
+    yard.park("b", gates)
+    yard.lot.end(first)
+    (woken,) = yard.pumped()
+    running = yard.come(woken, gates)
+    yard.lot.end(running)
+    other = yard.run("c", gates)
+    retry = Attempt("b", 1, 0, "task", again=True)
+    assert isinstance(yard.lot.admit(retry, gates, record=b"{}"), Parked)
+    yard.lot.end(other)
+    for line, _ in yard.lot.next().lines:
+        yard.serve(line)
+    yard.lot.sent([woken], forget=[False])
+    assert [one.token for one in yard.lot.next().woken] == [retry.token]
+
+
+def test_a_process_that_died_after_its_task_forgets_no_retry_of_it(desk):
+    """Its retry was parked, woken and sent before the main process saw that."""
+    ran = []
+
+    def work(self):
+        ran.append(self.request.retries)
+        if not self.request.retries:
+            raise self.retry(countdown=0)
+
+    task = desk.task(work, bind=True, lock=f"{desk.name}:a")
+    desk.run(task, id="A")
+    (retry,) = desk.messages()
+    with desk.lock():
+        desk.deliver(retry)
+    (woken,) = desk.pumped()
+    desk.lot.died(Attempt("A", 0), task.gates.of((), {}))
+    desk.deliver(woken)
+    assert ran == [0, 1]
+
+
+@pytest.mark.parametrize("on_conflict", ["drop", "raise"])
+def test_a_retry_that_waits_in_its_slot_waits_for_its_own_attempt(desk, on_conflict):
+    """In a worker that parks nothing of this task it was dropped as a second call."""
+    ran, came, asked = [], [], Event()
+
+    def work(self):
+        ran.append(self.request.retries)
+        if self.request.retries:
+            return "made"
+        retry = self.retry(countdown=0, throw=False)
+        (message,) = desk.messages()
+        coming.append(Thread(target=lambda: came.append(desk.deliver(message, guarded_here=False))))
+        coming[0].start()
+        assert asked.wait(30)
+        raise retry
+
+    coming = []
+    task = desk.task(work, bind=True, unique=Unique(on_conflict=on_conflict))
+    admit = desk.lot.admit
+
+    def ask(attempt, *arguments, **keywords):
+        outcome = admit(attempt, *arguments, **keywords)
+        if attempt.retries:
+            asked.set()
+        return outcome
+
+    with patch.object(task.lot, "admit", ask):
+        desk.deliver(desk.send(task), guarded_here=False)
+        coming[0].join()
+    assert (ran, came) == ([0, 1], [("SUCCESS", "made")])

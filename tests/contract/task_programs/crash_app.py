@@ -7,6 +7,7 @@ have one order. Gates may be on a server of their own, which a test can stop wit
 import ctypes
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,22 @@ def make_app(url: str, gates_url: str, **settings: Any) -> Celery:
         notes.note(tag, f"{who} {answer}", hold.fence)
         return answer
 
+    class Deadly:
+        """A result that its process does not outlive the first time, where Celery keeps it."""
+
+        def __init__(self, run: int) -> None:
+            self.run = run
+
+        def __json__(self) -> int:
+            if self.run == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self.run
+
+    def die_with_the_result(self: Any, tag: str) -> Deadly:
+        return Deadly(notes.note(tag, "began"))
+
     for function, options in (
+        (die_with_the_result, {"acks_late": True, "reject_on_worker_lost": True}),
         (hold_the_interpreter, {"lease": 1.5}),
         (be_stopped, {"lease": 0.6, "on_lost": "terminate"}),
         (look, {"lease": 0.6}),
