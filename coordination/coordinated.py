@@ -401,7 +401,8 @@ def coordinated_task(
     Non-promises: what Redis forgets is forgotten; the order holds between tasks that wait, not between one that waits
     and one that was woken and sits in a queue of the broker. No lease can stop a process that was stopped for longer
     than it and goes on: what must not be done twice is checked by the fence (``task.admission.hold.guard``). Without
-    Redis nothing runs: the broker delivers the task again, five to ten seconds later. ``task.run(...)`` asks no gate.
+    Redis nothing runs: the broker delivers the task again, five to ten seconds later. The newest call is the last to be
+    parked, which need not be the last that was sent. ``task.run(...)`` asks no gate.
 
     Run where it is called (eager mode, a direct call), a task waits for its gates in place, for a minute at most.
 

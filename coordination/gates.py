@@ -63,7 +63,7 @@ class Concurrency:
     >>> Concurrency(5, key="{tenant}")
 
     Arguments:
-        count: how many. ``Semaphore(redis, name, count).resize`` changes it while it is in use.
+        count: how many. ``Semaphore(redis, name, permits=count).resize(n)`` changes it while it is in use.
         key: what has permits of its own: a template. Default: the whole task.
         name: tasks with the same name share the permits; also a ``Semaphore`` with the name ``"name:key"``, or ``name``
             where there is no key. Default: the task's name.
@@ -88,7 +88,8 @@ class Unique:
         on_conflict: what becomes of another call. ``join``: it ends when that one does, with its result; if that one
             fails, the next one runs. ``drop``: it ends at once, with None. ``raise``: ``DuplicateTask``, for the caller
             where he can be told, else as the failure of the task. ``replace``: it takes the place of the one that
-            waits, which ends with None; what runs is left alone. So at most one runs and one waits, the newest.
+            waits, which ends with None; what runs is left alone. So at most one runs and one waits, the newest: the
+            last to be parked, which among calls that several workers take at once need not be the last that was sent.
     """
 
     key: str | None = None
@@ -101,6 +102,9 @@ class Pause:
     """Runs once calls have paused, with the newest arguments; the others end with None.
 
     >>> Pause("5s", key="{user_id}", longest="1m")
+
+    The newest are those of the last call to be parked, which among calls that several workers take at once need not be
+    the last that was sent.
 
     Arguments:
         pause: how long no other call must have come.
