@@ -103,7 +103,7 @@ class Acquirable:
     def try_acquire(self) -> Hold | Busy:
         """Hold it if it is free now, in one round trip. Never overtakes those who wait.
 
-        Raises ``LockUnavailable`` when Redis does not answer.
+        As a ``with`` block, ``Busy`` raises ``LockTimeout``. Raises ``LockUnavailable`` when Redis does not answer.
         """
         return self.try_acquire_units(self._units)
 
@@ -219,7 +219,7 @@ class Acquirable:
         if taken.state == 1:
             return self._held(token, units, taken.fence, sent + valid_for_s(self._terms.lease_ms))
         self._refuse_never(taken, units)
-        return Busy(max(0.0, (taken.ends_us - taken.now_us) / 1e6), taken.ahead)
+        return Busy(max(0.0, (taken.ends_us - taken.now_us) / 1e6), taken.ahead, self.what)
 
     def _wait(self, token: str, units: int, until: float, line: Line | None) -> Hold | None:
         """Stand in the queue. None when the time is over; then the place was given back.

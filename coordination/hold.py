@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from ..cachelib.circuit import UNAVAILABLE
 from ..cachelib.counters import Counters
 from ..cachelib.durations import Duration, milliseconds
 from .entered import calling_frame
-from .errors import LockLost
+from .errors import LockLost, LockTimeout
 
 if TYPE_CHECKING:
     from .keeper import Keeper
@@ -60,9 +60,18 @@ class Busy:
     at any moment."""
     ahead: int
     """How many wait."""
+    what: str = "it"
+    """What is not free, for people: such as ``lock 'invoice:42'``."""
 
     def __bool__(self) -> bool:
         return False
+
+    def __enter__(self) -> NoReturn:
+        """Raise ``LockTimeout``: what is inside ``with lock.try_acquire():`` is for who holds it."""
+        raise LockTimeout(self.what, 0.0)
+
+    def __exit__(self, *_: object) -> None:
+        """Never reached."""
 
 
 @dataclass(frozen=True, slots=True)

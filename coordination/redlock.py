@@ -351,7 +351,7 @@ class Redlock:
             addresses = ", ".join(store.redis.address for store, _ in failures)
             raise LockUnavailable(self._what, addresses, failures[-1][1]) from failures[-1][1]
         ends_s = [max(0.0, (taken.ends_us - taken.now_us) / 1e6) for taken in refusals]
-        return Busy(max(ends_s, default=0.0), 0)
+        return Busy(max(ends_s, default=0.0), 0, self._what)
 
     def _stored(
         self, grants: Sequence[_Grant], fence: int, label: str, failures: list[tuple[_Store, BaseException]]

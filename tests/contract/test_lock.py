@@ -70,6 +70,27 @@ def test_one_holds_it_and_then_the_next(redis, name):
             assert again.release()
 
 
+@pytest.mark.parametrize(
+    "of",
+    [
+        Lock,
+        lambda redis, name: Semaphore(redis, name, permits=1),
+        lambda redis, name: MultiLock(redis, [name, f"{name}b"]),
+        lambda redis, name: ReadWriteLock(redis, name).write,
+    ],
+    ids=["lock", "semaphore", "multi", "write"],
+)
+def test_the_block_of_what_is_busy_is_not_entered(redis, name, of):
+    with of(redis, name).try_acquire() as hold:
+        assert hold.held
+        with pytest.raises(LockTimeout, match=rf"{name}.* was not free within 0 s"), of(redis, name).try_acquire():
+            pytest.fail("it is held")
+        assert hold.held
+    assert not hold.held
+    with of(redis, name).try_acquire() as again:
+        assert again.held
+
+
 def test_different_names_do_not_meet(redis, name):
     names = [name, f"{name}:a", f"{name}%3Aa", f"{name}:A", f"{name} "]
     holds = [Lock(redis, each).try_acquire() for each in names]

@@ -89,6 +89,8 @@ def test_a_majority_grants_it_to_one_at_a_time(servers: list[Connections], name:
         assert isinstance(Redlock(servers, name).try_acquire(), Busy)
         with pytest.raises(LockTimeout, match=f"redlock '{name}' was not free within 0.05 s"):
             lock.acquire(timeout=0.05)
+        with pytest.raises(LockTimeout, match=f"redlock '{name}' was not free"), lock.try_acquire():
+            pytest.fail("it is held")
         hold.raise_if_lost()
     assert not hold.held
     assert not hold.lost
@@ -273,6 +275,8 @@ def test_it_is_kept_as_long_as_the_process_lives(servers: list[Connections], nam
         eventually(lambda: hold.deadline > first + 3, "it was renewed for more than a lease")
         assert hold.held
         assert isinstance(Redlock(servers, name).try_acquire(), Busy)
+        with pytest.raises(LockTimeout, match=name), Redlock(servers, name).try_acquire():
+            pytest.fail("it is held")
 
 
 def test_it_is_lost_when_a_majority_does_not_confirm_it(servers: list[Connections], name: str) -> None:
