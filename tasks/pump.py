@@ -16,13 +16,13 @@ from celery.worker import state as worker_state
 from kombu.exceptions import OperationalError
 from redis.exceptions import ResponseError
 
-from ..cachelib.circuit import UNAVAILABLE
+from ..cachelib.circuit import LOST, UNAVAILABLE
 from ..cachelib.client import ThreadClient
 from ..cachelib.pushes import is_pong, listening_connection
 from ..coordination import parked_messages
 from ..coordination.acquiring import Acquirable
 from ..coordination.coordinated import CoordinatedTask
-from ..coordination.errors import LockError, LockTimeout
+from ..coordination.errors import LockError, LockTimeout, LockUnavailable
 from ..coordination.gates import Served
 from ..coordination.hold import Hold, Terms
 from ..coordination.parking import Due, ParkingLot, Woken
@@ -62,6 +62,8 @@ class Pump:
         self._revoked: set[str] = set()
         self._revoked_seen = 0
         self._revoked_due = 0.0
+        self._is_silent = False
+        """Whether Redis did not answer, or refused, the last time; that was said then."""
         self._failed: dict[str, _Failed] = {}
         """Which could not be sent the last time: it comes after the others, if it was for what is written of it."""
         self.leads = False
@@ -90,16 +92,17 @@ class Pump:
             try:
                 hold = candidate.acquire(timeout=_STAND_BY_S)
             except LockTimeout:
+                self._hears_again()
                 continue
             except (LockError, RuntimeError, *UNAVAILABLE) as error:
-                logger.warning("parked tasks are not sent: %s", error)
+                self._hears_nothing(error)
                 self._stopping.wait(_PAUSE_S)
                 continue
             try:
                 self.leads = True
                 self._lead(hold)
             except (RuntimeError, *UNAVAILABLE) as error:
-                logger.warning("parked tasks are not sent for a moment: %s", error)
+                self._hears_nothing(error)
                 self._stopping.wait(_PAUSE_S)
             except Exception:
                 logger.exception("parked tasks are not sent for a moment")
@@ -107,6 +110,23 @@ class Pump:
             finally:
                 self.leads = False
                 hold.release()
+
+    def _hears_nothing(self, error: BaseException) -> None:
+        """Say so, once: until Redis answers again nothing else is to be told."""
+        if self._is_silent or self._stopping.is_set():
+            return
+        self._is_silent = True
+        cause = error.__cause__ if isinstance(error, LockUnavailable) and error.__cause__ is not None else error
+        hint = "; if that is another one than you mean, set REDIS_URL, or give redis=connect(...)"
+        logger.warning(
+            "parked tasks are not sent until Redis at %s answers (%s: %s)%s",
+            self._lot.redis.address, type(cause).__name__, cause, hint if isinstance(cause, LOST) else "",
+        )  # fmt: skip
+
+    def _hears_again(self) -> None:
+        if self._is_silent:
+            self._is_silent = False
+            logger.info("Redis at %s answers again: parked tasks are sent", self._lot.redis.address)
 
     def _lead(self, hold: Hold) -> None:
         listener = _Listener(self._lot)
@@ -116,6 +136,7 @@ class Pump:
             while not self._stopping.is_set() and hold.held:
                 due = self._do_what_is_due()
                 self._look_for_revoked()
+                self._hears_again()
                 sleep_s = _LONGEST_SLEEP_S if due.next_in_s is None else min(due.next_in_s, _LONGEST_SLEEP_S)
                 if due.lines or due.tasks or due.woken:
                     sleep_s = 0.0

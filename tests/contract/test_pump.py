@@ -513,6 +513,60 @@ def test_a_server_that_is_restarted_keeps_all(own_server, tmp_path, name):
             pump.stop()
 
 
+@pytest.fixture
+def attempts(monkeypatch):
+    """One for each time that a pump has asked whether it may lead; it asks again soon."""
+    asked, real = [], module.Acquirable.acquire
+
+    def acquire(self, timeout=None):
+        asked.append(self)
+        return real(self, timeout)
+
+    monkeypatch.setattr(module.Acquirable, "acquire", acquire)
+    monkeypatch.setattr(module, "_PAUSE_S", 0.01)
+    return asked
+
+
+def said_by_pumps(caplog):
+    return [(one.levelname, one.getMessage()) for one in caplog.records if one.name == module.logger.name]
+
+
+def test_an_outage_is_told_once_and_its_end_too(own_server, tmp_path, name, attempts, caplog):
+    caplog.set_level(logging.INFO, module.logger.name)
+    server = own_server()
+    with office_at(server, name) as office:
+        pump = office.leads()
+        server.stop()
+        for told in (1, 3):
+            before = len(attempts)
+            eventually(lambda before=before: len(attempts) > before + 5, "it has tried again and again")
+            assert [level for level, _ in said_by_pumps(caplog)] == ["WARNING", "INFO", "WARNING"][:told]
+            with at_port(server.port, tmp_path):
+                eventually(lambda told=told: len(said_by_pumps(caplog)) > told, "it says that Redis is back")
+                assert said_by_pumps(caplog)[-1] == (
+                    "INFO", f"Redis at {server.url} answers again: parked tasks are sent",
+                )  # fmt: skip
+                eventually(lambda: pump.leads, "it leads again")
+        pump.stop()
+    assert len(said_by_pumps(caplog)) <= 5  # the third outage is the end of the last server
+
+
+def test_a_redis_that_is_not_there_is_told_with_what_to_do_and_without_its_password(name, attempts, caplog):
+    app = Celery(name, broker="memory://", set_as_current=False)
+    with connect("redis://:sesame@127.0.0.1:1/0") as redis:
+        pump = Pump(app, parking.ParkingLot(redis, name))
+        pump.start()
+        eventually(lambda: len(attempts) > 5, "it has tried again and again")
+        pump.stop()
+    ((level, said),) = said_by_pumps(caplog)
+    assert level == "WARNING"
+    assert "until Redis at redis://" in said
+    assert "@127.0.0.1:1/0 answers" in said
+    assert "set REDIS_URL, or give redis=connect(...)" in said
+    assert "sesame" not in said
+    assert "lock" not in said.lower()
+
+
 def test_a_server_that_has_forgotten_everything_stops_no_pump(own_server, name):
     """FLUSHALL: what was parked is lost, as all there is; what comes then is parked and woken as ever."""
     server = own_server()
