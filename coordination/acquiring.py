@@ -259,7 +259,7 @@ class Acquirable:
 
     def _begin_to_wait(self) -> bool:
         if self._alone and self._keeper.waits_for_itself(self._store):
-            raise LockReentered(self.what)
+            raise LockReentered(self.what, by_task=self._keeper.runs_under(self._store))
         self._counters.add("waits")
         return True
 

@@ -30,6 +30,12 @@ class LimitExceeded(CoordinationError):
 class LockError(CoordinationError):
     """Root of what goes wrong with locks, semaphores and whatever else is held."""
 
+    _message = ""
+    """Of an error that a task may end with: a result backend rebuilds it of its facts, which are its ``args``."""
+
+    def __str__(self) -> str:
+        return self._message or super().__str__()
+
 
 class LockTimeout(LockError, TimeoutError):
     """It was not free within the time that the caller gave it. Nothing is held, and no place in the queue."""
@@ -51,10 +57,7 @@ class LockLost(LockError):
             f"{what} (fence {fence}) was lost: {reason}. What was done since may have been done beside somebody else; "
             "check the fence where it is written (hold.guard), or undo it"
         )
-        self._message, self.args = str(self), (what, fence, reason)  # of which a result backend rebuilds it
-
-    def __str__(self) -> str:
-        return getattr(self, "_message", None) or super().__str__()
+        self._message, self.args = str(self), (what, fence, reason)
 
 
 class LockUnavailable(LockError):
@@ -73,9 +76,16 @@ class LockUnavailable(LockError):
 class LockReentered(LockError, RuntimeError):
     """A thread waits for what it holds itself, and would wait for ever."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, by_task: bool = False) -> None:
         self.what = what
-        super().__init__(f"{what} is held by this very thread, which would wait for itself; make it reentrant=True")
+        self.by_task = by_task
+        super().__init__(
+            f"{what} is held by the task that runs here, by its own gate, and it would wait for itself; "
+            "do not take it again: self.admission.hold is that hold"
+            if by_task
+            else f"{what} is held by this very thread, which would wait for itself; make it reentrant=True"
+        )
+        self._message, self.args = str(self), (what, by_task)
 
 
 class NotReplicated(LockError):

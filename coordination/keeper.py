@@ -103,6 +103,10 @@ class Keeper:
         for hold in list(self._holds.values()):
             if hold.store.name == store.name and (frame := hold.frame) is not None and is_running(frame):
                 return True
+        return self.runs_under(store)
+
+    def runs_under(self, store: TurnStore) -> bool:
+        """Whether a task whose gate holds it is running on this very stack."""
         frame = self.running_under.get(store.name)
         return frame is not None and is_running(frame)
 

@@ -29,7 +29,7 @@ from petiole.cachelib.guarded import GuardedProcess
 from petiole.cachelib.keys import lease
 from petiole.coordination import guarded, parked_messages, passing
 from petiole.coordination.coordinated import CoordinatedTask, coordinated_task
-from petiole.coordination.errors import DuplicateTask, RateLimited, TooManyParked
+from petiole.coordination.errors import DuplicateTask, LockReentered, RateLimited, TooManyParked
 from petiole.coordination.gates import Rate, Unique
 from petiole.coordination.hold import Busy, Hold
 from petiole.coordination.parking import Attempt, Parked, ParkingLot, Refused, Running
@@ -407,6 +407,33 @@ def test_what_the_broker_does_not_take_keeps_nobody_else_waiting(desk, monkeypat
     monkeypatch.setattr(parked_messages, "send", real)
     desk.come(poison)
     assert sorted(ran) == [*range(poison + 3)]
+
+
+# What its own gate holds
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_task_that_takes_what_its_gate_holds_is_told_where_the_hold_is(desk, reentrant):
+    """And not to make it reentrant, which would not help. What it holds beside that is its own affair."""
+
+    def work(self):
+        with Lock(desk.redis, f"{desk.name}:mine") as mine, pytest.raises(LockReentered, match="make it reentrant"):
+            Lock(desk.redis, f"{desk.name}:mine").acquire(60)
+        assert not mine.lost
+        Lock(desk.redis, f"{desk.name}:a", reentrant=reentrant).acquire(60)
+
+    task = desk.task(work, bind=True, lock=f"{desk.name}:a")
+    state, error = desk.run(task)
+    assert state == "FAILURE"
+    rebuilt = type(error)(*error.args)
+    for one in (error, rebuilt):
+        assert isinstance(one, LockReentered)
+        assert one.by_task
+        assert f"lock '{desk.name}:a' is held by the task that runs here" in str(one)
+        assert "self.admission.hold" in str(one)
+        assert "reentrant" not in str(one)
+    with pytest.raises(LockReentered, match=r"self\.admission\.hold"):
+        task()
 
 
 # Told to come later
