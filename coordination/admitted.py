@@ -4,6 +4,7 @@ In a worker the leases are renewed by its main process, so nothing is made here 
 such process (an eager run, a direct call) the holds are made at once, and renewed in this one.
 """
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,8 @@ from .parking import ParkingLot, Running
 from .rate_limit import Allowed, Receipt
 from .rate_limiter import RateLimiter
 from .turn_store import TurnStore, renew
+
+logger = logging.getLogger(__name__)
 
 
 class TaskHold(Hold):
@@ -116,7 +119,11 @@ class Admitted:
         """Pause rates of the task for all; see ``RateLimited``. Whether there was one to pause."""
         rates = [gate for gate in self._running.gates if gate.limit is not None]
         if key is not None:
+            keys = ", ".join(repr(gate.template) for gate in rates)
             rates = [gate for gate in rates if gate.template == key]
+            if not rates:
+                known = f"the keys of its rates are {keys}" if keys else "it has no rate"
+                logger.warning("%s: RateLimited(key=%r) pauses nothing: %s", self._running.attempt.label, key, known)
         elif any(gate.template for gate in rates):
             rates = [gate for gate in rates if gate.template]
         for gate in rates:

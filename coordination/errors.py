@@ -218,7 +218,8 @@ class RateLimited(TaskError):
     Arguments:
         after: in how many seconds, or another duration.
         key: the key of the rate that is meant, as the task declares it, such as ``"{tenant}"``. Default: of the rates
-            that the arguments tell apart all, or else those of the whole task.
+            that the arguments tell apart all, or else those of the whole task. One that no rate has pauses nothing, and
+            is logged.
     """
 
     def __init__(self, after: Duration, key: str | None = None) -> None:

@@ -484,6 +484,25 @@ def test_rate_limited_parks_the_call_also_where_no_more_may_wait(desk):
     assert sorted(told) == [1, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("rate", "known"),
+    [("{tenant}: 1000/s", "the keys of its rates are '{tenant}'"), (None, "it has no rate")],
+    ids=["another key", "no rate"],
+)
+def test_rate_limited_with_a_key_that_no_rate_has_says_which_there_are(desk, caplog, rate, known):
+    told = []
+
+    def work(tenant):
+        told.append(tenant)
+        if len(told) == 1:
+            raise RateLimited(0.01, key="tenant")
+
+    task = desk.task(work, rate=rate, lock=f"{desk.name}:a")
+    desk.run(task, "acme")
+    (said,) = [one.getMessage() for one in caplog.records if "pauses nothing" in one.getMessage()]
+    assert said == f"{task.name}: RateLimited(key='tenant') pauses nothing: {known}"
+
+
 @pytest.mark.parametrize("on_conflict", ["raise", "drop"])
 def test_a_unique_call_that_comes_later_is_still_the_only_one(desk, on_conflict):
     """F9: it failed, because another one was sent meanwhile."""
