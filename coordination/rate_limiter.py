@@ -24,8 +24,8 @@ from .rate_limit import (
     Receipt,
     Reserved,
     check_cost,
-    check_limits,
     highest_cost,
+    limits_of,
 )
 from .token_leases import TokenLeases, burst_besides, lease_us
 
@@ -82,8 +82,7 @@ class RateLimiter:
         on_error: OnError = "raise",
         lease_tokens: int = 0,
     ) -> None:
-        self.limits = tuple(limits)
-        check_limits(self.limits)
+        self.limits = limits_of(limits)
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error={on_error!r} is unknown; there are {', '.join(get_args(OnError))}")
         self._redis = redis

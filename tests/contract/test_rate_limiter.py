@@ -369,13 +369,28 @@ def test_every_kind_admits_its_count_and_then_refuses(redis: Connections, name: 
 
 @EVERY_AND_CONCURRENT
 def test_a_callers_state_is_small(redis: Connections, name: str, limit: RateLimit) -> None:
-    """What a caller costs who has used up a limit, name and all: a hundred bytes, or what the docstring says."""
+    """What a caller costs who has used up a limit: what the docstring says, and what its name is longer."""
     limiter = RateLimiter(redis, name, [limit])
     for _ in range(6):
         limiter.hit("user:7")
     used: int = redis.coordination.memory_usage(RateKeys(name, [limit.part]).of("user:7")[1])
 
-    assert used <= {"c": 6 * 150 + 100, "l": 6 * 8 + 150}.get(limit.kind, 136)
+    assert used <= {"c": 80 + 6 * 28, "l": 80 + 6 * 16}.get(limit.kind, 110) + 32
+
+
+def test_many_permits_take_more_each_than_few(redis: Connections, name: str) -> None:
+    """Another form of sorted set: what one of them costs then is in the docstring too."""
+    limit = RateLimit.concurrent(200)
+    limiter = RateLimiter(redis, name, [limit])
+    state = RateKeys(name, [limit.part]).of("user:7")[1]
+    used: list[int] = []
+    for permits in (128, 72):
+        for _ in range(permits):
+            limiter.hit("user:7")
+        used.append(redis.coordination.memory_usage(state))
+
+    assert used[0] <= 80 + 128 * 30
+    assert 128 * 30 < used[1] <= 200 * 110
 
 
 def test_peek_and_inspect_charge_nothing(redis: Connections, name: str) -> None:

@@ -1,15 +1,17 @@
 """What a rate limit is: what can be written, what is refused, what it states; and what an answer says."""
 
+import re
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from petiole.coordination import Allowed, Limited, RateLimit
-from petiole.coordination.rate_limit import Reserved, check_limits
+from petiole.coordination.rate_limit import Reserved, limits_of
 
 ALL = [
     RateLimit("100/m"),
@@ -147,11 +149,22 @@ def test_a_state_is_found_by_kind_and_period_or_by_name() -> None:
 def test_limits_that_would_share_a_state_need_names() -> None:
     """The message says how to give one."""
     with pytest.raises(ValueError, match=r"share one state.*RateLimit\('20/m', name=\.\.\.\)"):
-        check_limits((RateLimit("10/m"), RateLimit("20/m")))
+        limits_of((RateLimit("10/m"), RateLimit("20/m")))
     with pytest.raises(ValueError, match=r"write RateLimit\('10/m'\)"):
-        check_limits(("10/m",))  # type: ignore[arg-type]
+        limits_of(("10/m",))  # type: ignore[arg-type]
 
-    check_limits((RateLimit("10/m"), RateLimit("20/m", name="other"), RateLimit.exact("10/m"), RateLimit("10/h")))
+    limits_of((RateLimit("10/m"), RateLimit("20/m", name="other"), RateLimit.exact("10/m"), RateLimit("10/h")))
+
+
+@pytest.mark.parametrize(
+    ("limits", "instead"),
+    [("100/m", "RateLimit('100/m')"), (RateLimit.exact("5/s"), 'RateLimit("100/m")'), (None, 'RateLimit("100/m")')],
+)
+def test_limits_are_a_list(limits: Any, instead: str) -> None:
+    """One alone is told how to be one."""
+    with pytest.raises(ValueError, match=re.escape(f"limits={limits!r} is no list; write [{instead}]")):
+        limits_of(limits)
+    assert limits_of(iter([RateLimit("10/m")])) == (RateLimit("10/m"),)  # type: ignore[arg-type]
 
 
 @given(count=st.integers(1, 1_000_000), seconds=st.integers(1, 86_400))
