@@ -19,6 +19,9 @@ _KIND = click.option(
     "--kind", type=click.Choice(["lock", "semaphore", "readwrite"]), default="lock", show_default=True, help="Of what."
 )
 
+_LONGEST_CALL = 120
+"""So many letters of a call are shown."""
+
 
 @click.group()
 def petiole() -> None:
@@ -76,30 +79,59 @@ def force_release(url: str | None, kind: Any, name: str) -> None:
 @click.argument("namespace", required=False)
 def parked(url: str | None, most: int, namespace: str | None) -> None:
     """List the tasks that wait for their gates: how many at each, and which; of an app's NAMESPACE (its main name)."""
+    from ..coordination.gates import Served
     from ..coordination.parking import ParkingLot, namespaces_of
 
     with _connected(url) as redis:
-        for found in [namespace] if namespace else namespaces_of(redis):
+        namespaces = namespaces_of(redis)
+        if namespace not in (None, *namespaces):
+            others = f"; of {', '.join(namespaces)} there is" if namespaces else ""
+            click.echo(f"{namespace}: nothing is parked{others}")
+        elif not namespaces:
+            click.echo(f"nothing is parked at {redis.address}")
+        for found in namespaces if namespace is None else {namespace}.intersection(namespaces):
             lot = ParkingLot(redis, found)
             counts = lot.counts()
             click.echo(f"{found}: {counts.pop('parked')} parked")
             for gate, count in sorted(counts.items(), key=lambda pair: -pair[1]):
                 click.echo(f"  {count:6} at {gate}")
+            gates = {line: Served.read(definition).shown for line, definition in lot.lines()}
+            gates["-"] = "the end of its twin, which runs"
             for waiting in lot.waiting(most):
-                where = "is on its way to a worker" if waiting.woken else f"waits in {waiting.line}"
-                click.echo(f"  {waiting.id}: {waiting.task}, retry {waiting.retries}, {where}")
+                waits = f"waits for {gates.get(waiting.line, 'nothing any more')}"
+                where = "is on its way to a worker" if waiting.woken else waits
+                click.echo(f"  {waiting.id}: {_call(waiting.record)}, retry {waiting.retries}, {where}")
+
+
+def _call(record: dict[str, Any]) -> str:
+    """A task and its arguments, as they may be shown, in a line."""
+    options = record.get("options") or {}
+    arguments = options.get("argsrepr") or repr(tuple(record.get("args") or ()))
+    keywords = options.get("kwargsrepr") or repr(record.get("kwargs") or {})
+    shown = [text for text in (arguments, keywords) if text not in ("()", "[]", "{}")]
+    text = " ".join(" ".join([str(record.get("task", "?")), *shown]).split())
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return text if len(text) <= _LONGEST_CALL else f"{text[:_LONGEST_CALL]} ..."
 
 
 @contextmanager
 def _connected(url: str | None) -> Iterator["Connections"]:
     """A server that may be away: then the program ends with a line that says so."""
+    from redis.exceptions import ConnectionError as RedisConnectionError
+    from redis.exceptions import TimeoutError as RedisTimeoutError
+
     from ..cachelib import connect
     from ..cachelib.connections import UNAVAILABLE
     from ..cachelib.errors import CachelibError
 
+    address = ""
     try:
         with connect(url) as redis:
+            address = redis.address
             yield redis
+    except (RedisConnectionError, RedisTimeoutError) as error:
+        click.echo(f"petiole: Redis at {address}: {error}; --url or REDIS_URL names another one", err=True)
+        sys.exit(1)
     except (CachelibError, ValueError, *UNAVAILABLE) as error:
         click.echo(f"petiole: {error}", err=True)
         sys.exit(1)

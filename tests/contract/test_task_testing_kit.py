@@ -18,6 +18,7 @@ import pytest
 from celery import Celery, Task
 from celery.contrib.testing.worker import start_worker
 from celery.worker.request import Request
+from click.testing import CliRunner
 
 from petiole import (
     MISS,
@@ -33,8 +34,10 @@ from petiole import (
     coordinated_task,
     memoized_task,
 )
+from petiole.cachelib import EmbeddedServer
 from petiole.coordination import DuplicateTask, memoize, passing
 from petiole.coordination import Pause as Pausing
+from petiole.tasks.cli import petiole
 from petiole.testing import Waiting, clear, closed_gates, moving_clock, no_memo, open_gates, parked, pump
 
 PATIENCE_S = 20.0
@@ -502,6 +505,40 @@ def test_what_is_parked_is_told_in_the_order_in_which_it_may_go(
             note.delay(what)
         work()
         assert [one.args for one in parked(app)] == [(what,) for what in range(10)]
+
+
+def told(redis_server: EmbeddedServer, *arguments: str) -> list[str]:
+    """What ``petiole parked`` prints."""
+    done = CliRunner().invoke(petiole, ["parked", "--url", redis_server.url, *arguments])
+    assert done.exit_code == 0, done.output
+    return done.output.splitlines()
+
+
+def test_the_command_tells_of_parked_calls_what_they_wait_for_and_their_arguments(
+    app: Celery, redis: Connections, redis_server: EmbeddedServer, locked: Task, work: Callable[[], int], name: str
+) -> None:
+    assert told(redis_server) == [f"nothing is parked at {redis_server.url}"]
+    with Lock(redis, f"{name}:7").acquire() as held:
+        sent = [locked.delay(7), locked.delay(account=7, how="x" * 500)]
+        hidden = locked.apply_async([7], argsrepr="(***)\n\x1b", kwargsrepr="{}")
+        assert work() == 3
+        found = told(redis_server)
+        assert told(redis_server, name) == found
+        assert told(redis_server, f"{name}x") == [f"{name}x: nothing is parked; of {name} there is"]
+        arguments = {"account": 7, "how": "x" * 500}
+        long = f"{locked.name} {arguments}"[:120]
+        waits = f"retry 0, waits for lock '{name}:7'"
+        assert found[:2] == [f"{name}: 3 parked", f"       3 at lock '{name}:7'"]
+        assert sorted(found[2:]) == sorted(
+            [
+                f"  {sent[0].id}: {locked.name} (7,), {waits}",
+                f"  {sent[1].id}: {long} ..., {waits}",
+                f"  {hidden.id}: {locked.name} (***) ?, {waits}",
+            ]
+        )
+        held.release()
+    assert pump(app) == 1
+    assert [line for line in told(redis_server, name) if line.endswith("retry 0, is on its way to a worker")]
 
 
 def test_nothing_is_left_of_an_app_that_was_cleared(

@@ -171,10 +171,12 @@ def test_force_release_takes_it_from_who_holds_it(
     assert run([*command, "--yes"], REDIS_URL=redis_server.url).stdout == f"{name}: nobody held it\n"
 
 
-@pytest.mark.parametrize("command", [["locks"], ["force-release", "--yes", "x"]])
+@pytest.mark.parametrize("command", [["locks"], ["force-release", "--yes", "x"], ["parked"]])
 def test_locks_of_a_server_that_is_away_end_with_a_line(command: list[str]) -> None:
     """And not with a traceback."""
     ended = run([str(BIN / "petiole"), *command], REDIS_URL="redis://127.0.0.1:1/0")
 
     assert ended.returncode == 1
     assert len(ended.stderr.splitlines()) == 1
+    assert "redis://127.0.0.1:1/0" in ended.stderr
+    assert "--url or REDIS_URL" in ended.stderr
