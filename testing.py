@@ -12,6 +12,7 @@ this process. Nothing here is for production.
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -298,7 +299,11 @@ def closed_gates(*names: str) -> Iterator[Recorder]:
     Arguments:
         names: which: patterns such as ``lock *`` or ``rate *`` for what ``parked`` calls them, or the templates that
             the task declares. Default: all.
+
+    Raises ``ValueError`` for a pattern that no gate can match.
     """
+    for name in names:
+        _check_name(name)
     recorder = Recorder()
     closed = _Closed(recorder, names)
     try:
@@ -306,6 +311,25 @@ def closed_gates(*names: str) -> Iterator[Recorder]:
             yield recorder
     finally:
         closed.open()
+
+
+_KINDS = ("lock ", "concurrency ", "rate ", "unique ", "pause of ")
+"""How gates are called, up to their names."""
+_KIND_ALONE = {"lock", "concurrency", "rate", "unique", "pause", "pause of"}
+
+
+def _check_name(name: str) -> None:
+    """Raise ``ValueError`` for what can close nothing: a test with it would test nothing."""
+    start = re.split(r"[*?[]", name, maxsplit=1)[0]
+    if start != name:
+        may_close = any(kind.startswith(start) or start.startswith(kind) for kind in _KINDS)
+    else:
+        may_close = name.startswith(_KINDS) or not re.search("^$|['\"]", name)
+    if name in _KIND_ALONE or not (may_close or "{" in name):
+        raise ValueError(
+            f"closed_gates({name!r}) closes nothing: gates are called lock '...', concurrency '...', rate ..., "
+            "unique '...' or pause of '...'; write a pattern such as 'lock *', or a template as the task declares it"
+        )
 
 
 _standing: list[passing.StandIn] = []

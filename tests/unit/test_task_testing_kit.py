@@ -1,9 +1,11 @@
 """``petiole.testing`` where no server is: the texts of scripts, gates that are open or closed, tasks without a memo."""
 
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
@@ -329,6 +331,28 @@ def test_gates_are_closed_by_what_they_are_called_or_by_their_template(
         everything(app, redis)(7)
 
     assert gates.calls[0].gates == ["lock 'account:7'"]
+
+
+@pytest.mark.parametrize(
+    "name", ["", "lock", "pause", "lokc *", "lokc 'account:7'", "Lock *", "of *", "result *", "Rate*"]
+)
+def test_a_name_that_closes_no_gate_is_refused(app: Celery, redis: Connections, name: str) -> None:
+    """A test with a typo in it would test nothing."""
+    gates = everything(app, redis).gates.of([7], {})
+    assert not any(fnmatchcase(gate.shown, name) for gate in gates)
+
+    with pytest.raises(ValueError, match=re.escape(f"closed_gates({name!r}) closes nothing")), closed_gates(name):
+        pytest.fail("it is refused")
+
+
+def test_the_kinds_of_all_gates_can_be_closed(app: Celery, redis: Connections) -> None:
+    gates = everything(app, redis).gates.of([7], {})
+
+    for gate in gates:
+        for name in {gate.shown, gate.shown[:6] + "*", gate.template, "[" + gate.shown[0] + "]*", "*"} - {""}:
+            with closed_gates(name):
+                pass
+    assert {gate.shown.split()[0] for gate in gates} == {"pause", "unique", "lock", "concurrency", "rate"}
 
 
 def test_a_closed_gate_of_a_unique_task_does_what_the_task_says(app: Celery, redis: Connections) -> None:
