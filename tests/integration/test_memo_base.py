@@ -8,8 +8,8 @@ from celery import Celery, Task, shared_task
 from celery.worker import WorkController
 from pydantic import BaseModel
 
-from petiole import MISS, Cache, memoized_task
-from petiole.coordination import MemoizedTask
+from petiole import MISS, Cache, Lock, memoized_task
+from petiole.coordination import MemoizedTask, TaskRefused, passing
 
 PATIENCE_S = 20.0
 
@@ -108,6 +108,23 @@ def test_it_composes_with_a_base_of_the_application(app: Celery, cache: Cache, n
     via_decorator = memoized_task(app=app, cache=cache, base=Audited, name=f"{name}.2", audit=([], []))(report)
     assert [via_decorator("north"), via_decorator("north")] == [2, 2]
     assert via_decorator.audit == (["called"], [])
+
+
+def test_a_memoized_task_with_gates_asks_them_only_when_it_runs(
+    app: Celery, cache: Cache, name: str, report: Any, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hit passes none."""
+    monkeypatch.setattr(passing, "_LONGEST_WAIT_S", 0)
+    task = memoized_task(app=app, key="{region}", ttl="5m", cache=cache, gate_lock=name)(report)
+    app.conf.task_always_eager = True
+    assert task.delay("north").get() == 1
+
+    with Lock(cache.redis, name):
+        assert task.delay("north").get() == 1
+        with pytest.raises(TaskRefused, match=name):
+            task.delay("south").get()
+    assert calls == ["north"]
+    assert task.delay("south").get() == 2
 
 
 def test_a_base_that_is_memoized_already_is_taken_as_it_is(app: Celery, cache: Cache, report: Any) -> None:
