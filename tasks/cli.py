@@ -130,7 +130,8 @@ def _connected(url: str | None) -> Iterator["Connections"]:
             address = redis.address
             yield redis
     except (RedisConnectionError, RedisTimeoutError) as error:
-        click.echo(f"petiole: Redis at {address}: {error}; --url or REDIS_URL names another one", err=True)
+        said = str(error).rstrip(".")
+        click.echo(f"petiole: Redis at {address}: {said}; --url or REDIS_URL names another one", err=True)
         sys.exit(1)
     except (CachelibError, ValueError, *UNAVAILABLE) as error:
         click.echo(f"petiole: {error}", err=True)

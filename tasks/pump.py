@@ -117,10 +117,11 @@ class Pump:
             return
         self._is_silent = True
         cause = error.__cause__ if isinstance(error, LockUnavailable) and error.__cause__ is not None else error
+        said = f"{type(cause).__name__}: {cause}".rstrip(".")
         hint = "; if that is another one than you mean, set REDIS_URL, or give redis=connect(...)"
         logger.warning(
-            "parked tasks are not sent until Redis at %s answers (%s: %s)%s",
-            self._lot.redis.address, type(cause).__name__, cause, hint if isinstance(cause, LOST) else "",
+            "parked tasks are not sent until Redis at %s answers (%s)%s",
+            self._lot.redis.address, said, hint if isinstance(cause, LOST) else "",
         )  # fmt: skip
 
     def _hears_again(self) -> None:
