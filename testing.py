@@ -384,11 +384,7 @@ class _OpenAdmission(Admitted):
 
     def settle(self, actual_cost: int, key: str | None = None) -> None:
         """Note it."""
-        if type(actual_cost) is not int or actual_cost < 0:
-            raise ValueError(f"actual_cost={actual_cost!r} must be a whole number, 0 or more")
-        rates = [gate for gate in self._running.gates if gate.limit is not None and not gate.limit.by_call]
-        if not any(key in (None, gate.template) for gate in rates):
-            raise LookupError(f"{self._call.task} has no rate{'' if key is None else f' for {key!r}'}")
+        self._to_settle(actual_cost, key)
         self._call.settled.append((actual_cost, key))
 
 

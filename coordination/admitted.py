@@ -7,6 +7,7 @@ such process (an eager run, a direct call) the holds are made at once, and renew
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,8 +19,8 @@ from .gates import GateCall
 from .hold import Hold, Terms, valid_for_s
 from .keeper import keeper_of
 from .parking import ParkingLot, Running
-from .rate_limit import Allowed, Receipt
-from .rate_limiter import RateLimiter
+from .rate_limit import Allowed, RateLimit, Receipt
+from .rate_limiter import MOST_OWED, RateLimiter
 from .turn_store import TurnStore, renew
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Admitted:
 
         Raises ``LookupError`` when it holds none.
         """
-        permits = [gate for gate in self._running.gates if gate.lock is not None]
+        permits = self._permits
         if not permits:
             raise LookupError(f"{self._running.attempt.label} holds nothing: it has no lock= and no concurrency=")
         locks = [gate for gate in permits if gate.lock is not None and gate.lock[0] == "lock"]
@@ -80,17 +81,25 @@ class Admitted:
 
     @property
     def holds(self) -> Mapping[str, Hold]:
-        """All that it holds, by what the task declares, such as ``"account:{account_id}"``."""
-        return {gate.template: self._hold_of(gate) for gate in self._running.gates if gate.lock is not None}
+        """All that it holds, by what the task declares, such as ``"account:{account_id}"``.
+
+        What has no template, or shares it, is there as what people are shown: ``"concurrency 'shop.charge' (5)"``.
+        """
+        permits = self._permits
+        written = Counter(gate.template for gate in permits)
+        return {
+            gate.template if gate.template and written[gate.template] == 1 else gate.shown: self._hold_of(gate)
+            for gate in permits
+        }
 
     @property
     def lost(self) -> bool:
         """Whether somebody else may hold by now what it held when it began."""
-        return any(hold.lost for hold in self.holds.values())
+        return any(hold.lost for hold in self.every_hold())
 
     def raise_if_lost(self) -> None:
         """Raise ``LockLost`` when somebody else may hold what it held when it began."""
-        for hold in self.holds.values():
+        for hold in self.every_hold():
             hold.raise_if_lost()
 
     def settle(self, actual_cost: int, key: str | None = None) -> None:
@@ -98,22 +107,16 @@ class Admitted:
 
         Arguments:
             actual_cost: 0 or more.
-            key: the key of the rate that is meant, as the task declares it. Default: all rates that have a cost.
+            key: the key of the rate that is meant, as the task declares it. Default: all rates whose ``cost`` is given.
 
-        Raises ``LookupError`` when there is no such rate, and as ``RateLimiter.settle``.
+        Raises ``LookupError`` when there is no such rate, and as ``RateLimiter.settle``; then nothing was settled,
+        except where Redis did not answer for one of several.
         """
-        rates = [
-            (gate, given)
-            for gate, given in zip(self._running.gates, self._running.given, strict=True)
-            if gate.limit is not None and not gate.limit.by_call and key in (None, gate.template)
-        ]
-        if not rates:
-            raise LookupError(f"{self._running.attempt.label} has no rate{'' if key is None else f' for {key!r}'}")
-        for gate, given in rates:
-            if gate.limit is not None:
-                receipt = Receipt(gate.limiter, gate.caller, gate.amount, (gate.limit,), list(given), "", None)
-                limiter = RateLimiter(self._lot.redis, gate.limiter, [gate.limit])
-                limiter.settle(Allowed(0, 0.0, gate.limit, (gate.limit,), receipt), actual_cost)
+        for gate, limit in self._to_settle(actual_cost, key):
+            given = self._running.given[self._running.gates.index(gate)]
+            receipt = Receipt(gate.limiter, gate.caller, gate.amount, (limit,), list(given), "", None)
+            limiter = RateLimiter(self._lot.redis, gate.limiter, [limit])
+            limiter.settle(Allowed(0, 0.0, limit, (limit,), receipt), actual_cost)
 
     def block(self, after: Duration, key: str | None) -> bool:
         """Pause rates of the task for all; see ``RateLimited``. Whether there was one to pause."""
@@ -166,6 +169,36 @@ class Admitted:
         for hold in self._holds.values():
             hold.given_back()
         return known
+
+    def every_hold(self) -> list[Hold]:
+        """All that it holds, whatever it is called."""
+        return [self._hold_of(gate) for gate in self._permits]
+
+    @property
+    def _permits(self) -> list[GateCall]:
+        return [gate for gate in self._running.gates if gate.lock is not None]
+
+    def _to_settle(self, actual_cost: int, key: str | None) -> list[tuple[GateCall, RateLimit]]:
+        """The rates that are meant. Raises as ``settle``."""
+        if type(actual_cost) is not int or actual_cost < 0:
+            raise ValueError(f"actual_cost={actual_cost!r} must be a whole number, 0 or more")
+        rates = [
+            (gate, gate.limit)
+            for gate in self._running.gates
+            if gate.limit is not None and not gate.limit.by_call and key in (None, gate.template)
+        ]
+        if key is None or any(gate.costs for gate, _ in rates):
+            rates = [(gate, limit) for gate, limit in rates if gate.costs]
+        if not rates:
+            which = 'whose cost is given; write rate=Rate("90000/m", cost=...)' if key is None else f"for {key!r}"
+            raise LookupError(f"{self._running.attempt.label} has no rate {which}")
+        for gate, limit in rates:
+            if actual_cost - gate.amount > MOST_OWED * limit.burst:
+                raise ValueError(
+                    f"actual_cost={actual_cost} is more than {MOST_OWED * limit.burst} above the {gate.amount} that "
+                    f"{gate.shown} was charged; is the unit right?"
+                )
+        return rates
 
     def _hold_of(self, gate: GateCall) -> Hold:
         hold = self._holds.get(gate.state)

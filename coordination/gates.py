@@ -47,13 +47,14 @@ class Rate:
         key: what has a rate of its own: a template of the task's arguments. Default: the whole task.
         name: tasks with the same name share the rate; also a ``RateLimiter`` of that name with this limit, asked for
             the same key. Default: the task's name.
-        cost: what one call counts for: a whole number, or a template that gives one.
+        cost: what one call counts for: a whole number, or a template that gives one. Default: 1, and ``settle`` leaves
+            the rate alone.
     """
 
     limit: RateLimit | str
     key: str = ""
     name: str | None = None
-    cost: int | str = 1
+    cost: int | str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,8 @@ class GateCall(msgspec.Struct, frozen=True):  # some are made for each call: a t
     """Of a rate: the key that is asked for."""
     limiter: str = ""
     limit: RateLimit | None = None
+    costs: bool = False
+    """Of a rate: whether the task says what a call costs."""
     lock: tuple[str, str] | None = None
     """Of permits: kind and name, as a ``TurnStore`` has them."""
 
@@ -324,7 +327,11 @@ class Gates:
             raise TypeError(f"rate={rate.limit!r} is no rate; write text such as '100/m', a RateLimit or a Rate")
         if limit.kind == "c":
             raise ValueError(f"{limit!r} is no rate; write concurrency={limit.count}")
-        template, name, cost = self._template(rate.key), rate.name or self._task, _cost(rate.cost, self._signature)
+        template, name, cost = (
+            self._template(rate.key),
+            rate.name or self._task,
+            _cost(1 if rate.cost is None else rate.cost, self._signature),
+        )
         if rate.key:
             self._keyed.append(rate.key)
         limiter = keys.RateKeys(name, [limit.part])
@@ -342,6 +349,7 @@ class Gates:
             return GateCall(
                 kind.lower(), shown, state, block, 1 if limit.by_call else amount, count, span, rest, part, most,
                 policy, call.fair, template=rate.key, caller=caller, limiter=name, limit=limit,
+                costs=rate.cost is not None,
             )  # fmt: skip
 
         self._makers.append(make if rate.key or isinstance(rate.cost, str) else _once(make))

@@ -57,7 +57,7 @@ class _Stopping:
 
     def __enter__(self) -> Self:
         signal.signal(_SIGNAL or 0, self._handle)
-        for hold in self._admitted.holds.values():
+        for hold in self._admitted.every_hold():
             hold.on_lost(self._stop)
         return self
 

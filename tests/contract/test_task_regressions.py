@@ -5,6 +5,7 @@ for one round. So each test decides in which order messages come, which is what 
 """
 
 import json
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from threading import Event, Thread
@@ -22,15 +23,15 @@ from local_nodes import eventually
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from petiole import Lock, memoized_task
+from petiole import Lock, RateLimit, RateLimiter, Semaphore, memoized_task
 from petiole.cachelib import Cache, Settings, connect
 from petiole.cachelib.embedded import find_program, free_port
 from petiole.cachelib.guarded import GuardedProcess
 from petiole.cachelib.keys import lease
 from petiole.coordination import guarded, parked_messages, passing
 from petiole.coordination.coordinated import CoordinatedTask, coordinated_task
-from petiole.coordination.errors import DuplicateTask, LockReentered, RateLimited, TooManyParked
-from petiole.coordination.gates import Rate, Unique
+from petiole.coordination.errors import DuplicateTask, LockLost, LockReentered, RateLimited, TooManyParked
+from petiole.coordination.gates import Concurrency, Rate, Unique
 from petiole.coordination.hold import Busy, Hold
 from petiole.coordination.parking import Attempt, Parked, ParkingLot, Refused, Running
 from petiole.tasks import pump as pump_module
@@ -1102,3 +1103,72 @@ def test_a_retry_that_waits_in_its_slot_waits_for_its_own_attempt(desk, on_confl
         desk.deliver(desk.send(task), guarded_here=False)
         coming[0].join()
     assert (ran, came) == ([0, 1], [("SUCCESS", "made")])
+
+
+# What was declared, and meant another thing
+
+
+def used_of(redis, limiter, limit):
+    """How much of a limit is charged."""
+    rates = RateLimiter(redis, limiter, [limit])
+    return limit.burst - rates.peek("all").remaining
+
+
+def test_what_a_call_has_cost_is_settled_with_the_rates_that_have_a_cost_alone(desk):
+    """Else ten thousand tokens would be ten thousand calls."""
+    calls, tokens = RateLimit("10/d"), RateLimit("1000/d")
+    rates = [calls, Rate(tokens, name=f"{desk.name}.llm", cost="{estimate}")]
+
+    def ask(task, estimate, actual):
+        task.admission.settle(actual)
+
+    task = desk.task(ask, bind=True, rate=rates)
+    task(100, 500)
+
+    assert used_of(desk.redis, task.name, calls) == 1
+    assert used_of(desk.redis, f"{desk.name}.llm", tokens) == 500
+
+
+def test_a_rate_without_a_cost_is_settled_when_it_is_named(desk):
+    limit = RateLimit("10/d")
+
+    def ask(task, tenant):
+        task.admission.settle(3, "t:{tenant}")
+
+    task = desk.task(ask, bind=True, rate=Rate(limit, key="t:{tenant}"))
+    task("acme")
+
+    assert RateLimiter(desk.redis, task.name, [limit]).peek("t:acme").remaining == 7
+
+
+def test_a_cost_far_above_the_estimate_names_the_rate_and_settles_none(desk):
+    small, large = RateLimit("10/d"), RateLimit("1000/d")
+    rates = [Rate(large, name=f"{desk.name}.large", cost=1), Rate(small, name=f"{desk.name}.small", cost=1)]
+
+    task = desk.task(lambda task: task.admission.settle(1_002), bind=True, rate=rates)
+
+    with pytest.raises(ValueError, match=rf"1002 is more than 1000 above the 1 that rate 10/d of '{desk.name}.small'"):
+        task()
+    assert used_of(desk.redis, f"{desk.name}.large", large) == 1
+
+
+def test_all_that_a_task_holds_is_found_and_every_loss_is_told(desk):
+    """Permits without a key have no template to be told apart by."""
+    database = f"{desk.name}.db"
+
+    def work(task):
+        names = list(task.admission.holds)
+        Semaphore(desk.redis, database, permits=3).force_release()
+        with suppress(LockLost):
+            task.admission.holds[f"concurrency {database!r} (3)"].extend()
+        lost = task.admission.lost
+        with pytest.raises(LockLost, match=database):
+            task.admission.raise_if_lost()
+        return names, lost
+
+    task = desk.task(work, bind=True, concurrency=[2, Concurrency(3, name=database)], lock="a", unique=True)
+    names, lost = task()
+
+    assert names[0].startswith("unique ")
+    assert names[1:] == ["a", f"concurrency {task.name!r} (2)", f"concurrency {database!r} (3)"]
+    assert lost

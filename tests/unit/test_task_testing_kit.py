@@ -178,26 +178,37 @@ def test_what_a_task_holds_at_open_gates_is_never_lost_and_its_guard_accepts(app
             self.admission.hold.guard(connection)
         self.admission.raise_if_lost()
         self.admission.hold.extend()
-        return set(self.admission.holds), self.admission.lost, self.admission.hold.release(), self.admission.hold.held
+        return list(self.admission.holds), self.admission.lost, self.admission.hold.release(), self.admission.hold.held
 
     with open_gates():
-        assert look(1) == ({"a:{a}", ""}, False, True, False)
+        assert look(1) == (["a:{a}", f"concurrency {look.name!r} (2)"], False, True, False)
     with pytest.raises(LookupError, match="not running"):
         _ = look.admission
 
 
 def test_a_task_at_open_gates_cannot_settle_what_has_no_rate(app: Celery, redis: Connections) -> None:
-    @coordinated_task(app=app, redis=redis, bind=True, rate="5/s")
+    @coordinated_task(app=app, redis=redis, bind=True, rate=Rate("5/s", cost=2))
     def settle(self: Any, cost: Any, key: str | None) -> None:
+        self.admission.settle(cost, key)
+
+    @coordinated_task(app=app, redis=redis, bind=True, rate="5/s")
+    def count_only(self: Any, cost: Any, key: str | None) -> None:
         self.admission.settle(cost, key)
 
     with open_gates() as gates:
         settle(0, None)
-        with pytest.raises(LookupError, match="tenant"):
+        with pytest.raises(LookupError, match=r"settle has no rate for '\{tenant\}'"):
             settle(1, "{tenant}")
         with pytest.raises(ValueError, match="-1"):
             settle(-1, None)
-    assert [call.settled for call in gates.calls] == [[(0, None)], [], []]
+        with pytest.raises(
+            ValueError, match=r"actual_cost=503 is more than 500 above the 2 that rate 5/s of '.*settle'"
+        ):
+            settle(503, None)
+        with pytest.raises(LookupError, match="count_only has no rate whose cost is given"):
+            count_only(1, None)
+        count_only(1, "")
+    assert [call.settled for call in gates.calls] == [[(0, None)], [], [], [], [], [(1, "")]]
 
 
 def test_a_task_that_is_told_to_come_later_ends_so_at_open_gates(app: Celery, redis: Connections) -> None:
