@@ -35,23 +35,45 @@ def signature_of(function: Callable[..., object], *, without_first: bool = False
 class Template:
     """Text with the arguments of a function in braces, such as ``"user:{user_id}"``.
 
+    Arguments:
+        what: whose template it is, for the message.
+
     Raises ``ValueError`` where it names an argument that the function does not have. What two calls have in
     common in the text they share: ``1`` and ``"1"`` look alike.
     """
 
-    def __init__(self, text: str, signature: inspect.Signature) -> None:
+    def __init__(self, text: str, signature: inspect.Signature, what: str = "") -> None:
         self.text = text
         self._signature = signature
         known = dict.fromkeys(signature.parameters, _Anything())
+        said = f"{what}: {text!r}" if what else repr(text)
+        there_are = f"which is no argument here; there are: {', '.join(known) or 'none'}"
         try:
             text.format(**known)
-        except (KeyError, IndexError) as error:
+        except KeyError as error:
+            raise ValueError(f"{said} names {error}, {there_are}") from None
+        except IndexError:
+            raise ValueError(f"{said} has braces without a name, {there_are}") from None
+        except ValueError as error:
             raise ValueError(
-                f"{text!r} names {error}, which is no argument here; there are: {', '.join(known) or 'none'}"
+                f"{said} is no template: {error}; write the name of an argument in braces, such as "
+                f"'{{{next(iter(known), 'name')}}}', and twice each brace that is meant as text"
             ) from None
 
     def fill(self, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> str:
         return self.text.format(**_bound(self._signature, arguments, keywords).arguments)
+
+
+def key_template(text: str, signature: inspect.Signature, what: str) -> Template:
+    """A template that tells calls apart.
+
+    Raises ``ValueError`` as ``Template``, and for the bare name of an argument: all calls would have that as their key.
+    """
+    if text in signature.parameters:
+        raise ValueError(
+            f"{what}: {text!r} is the same for all calls; write '{{{text}}}' for the argument of that name"
+        )
+    return Template(text, signature, what)
 
 
 class Fingerprint:

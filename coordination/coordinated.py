@@ -496,6 +496,7 @@ def _unique_key(task: type[CoordinatedTask], name: str) -> Callable[[Sequence[An
         key=None if unique is None else unique.key,
         tags=(),
         version="",
+        what=f"unique= of {name}",
         restores_models=task._dump_pydantic_arguments is not None,
     )
     return lambda arguments, keywords: found.call(name, arguments, keywords).key

@@ -17,7 +17,7 @@ import msgspec
 from msgspec.structs import replace
 
 from ..cachelib.durations import Duration, milliseconds
-from ..cachelib.templates import Template
+from ..cachelib.templates import key_template
 from . import keys
 from .rate_limit import RateLimit
 
@@ -201,6 +201,8 @@ def memo_gate(key: str) -> GateCall:
 
 
 Fill = Callable[[Sequence[Any], Mapping[str, Any]], str]
+Filling = Callable[[Mapping[str, Any]], str]
+"""What fills a template in with the values of a call's arguments. Raises ``TypeError`` where it cannot."""
 
 
 class _Call(NamedTuple):
@@ -239,12 +241,13 @@ class Gates:
             raise ValueError(f"when_full={when_full!r} is unknown; there are {', '.join(get_args(WhenFull))}")
         self._task = task
         self._restored = restored  # makes of arguments that were sent what the function is given
-        self._arguments = _Arguments(signature)
+        self._arguments = _Arguments(task, signature)
         self._signature = signature
         self._most = -1 if max_parked is None else max_parked
         self._policy = _POLICIES[when_full]
         self._makers: list[Callable[[_Call], GateCall]] = []
-        self._keyed: list[str] = []
+        self._keyed: list[Filling] = []
+        self._declared: set[tuple[str, ...]] = set()
         if debounce is not None:
             self._add_pause(debounce if isinstance(debounce, Pause) else Pause(debounce))
         if unique is not None:
@@ -255,8 +258,7 @@ class Gates:
             self._add_concurrency(permits)
         for limit in _rates(rate):
             self._add_rate(limit)
-        chosen = fair if fair is not None else next(iter(self._keyed), None)
-        self._fair = None if chosen is None else self._template(chosen)
+        self._fair = next(iter(self._keyed), None) if fair is None else self._filling(fair, "fair")
 
     def __repr__(self) -> str:
         return f"<Gates of {self._task} [{len(self._makers)}]>"
@@ -267,33 +269,53 @@ class Gates:
     def of(self, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> list[GateCall]:
         """The gates of one call.
 
-        Raises ``TypeError`` for arguments that the task does not take, and ``ValueError`` for a cost that could never
-        pass, or two gates with one name.
+        Raises ``TypeError`` for arguments that the task does not take, or that a template cannot be filled from, and
+        ``ValueError`` for a cost that could never pass, or two gates with one name.
         """
         values, fair = self._arguments.of(arguments, keywords), "-"
         if self._restored is not None:
             self._restored(values)
         if self._fair is not None:
-            fair = blake2b(self._fair.format(**values).encode(), digest_size=8).hexdigest()
+            fair = blake2b(self._fair(values).encode(), digest_size=8).hexdigest()
         call = _Call(arguments, keywords, values, fair)
         calls = [make(call) for make in self._makers]
         if len(calls) > 1 and len({call.state for call in calls}) < len(calls):
             names = ", ".join(call.shown for call in calls)
-            raise ValueError(f"{self._task}: two gates of this call are the same one: {names}")
+            raise ValueError(f"{self._task}: two gates of this call are the same one: {names}; give one another name")
         return calls
 
-    def _template(self, text: str) -> str:
+    def _filling(self, text: str, option: str) -> "Filling":
         """A template, checked."""
+        task, what = self._task, f"{option}= of {self._task}"
         if not isinstance(text, str):
-            raise TypeError(f"{text!r} is no template; write text, with the arguments of the task in braces")
-        return Template(text, self._signature).text
+            raise TypeError(f"{what}: {text!r} is no template; write text, with the arguments of the task in braces")
+        fill = key_template(text, self._signature, what).text.format
+
+        def filled(values: Mapping[str, Any]) -> str:
+            try:
+                return fill(**values)
+            except (LookupError, AttributeError, TypeError, ValueError) as error:
+                raise TypeError(f"{option}={text!r} cannot be filled from this call of {task}: {error}") from None
+
+        return filled
+
+    def _declare(self, option: str, *gate: str, instead: str) -> None:
+        """Raises ``ValueError`` for a gate that is declared twice: every call would wait for itself."""
+        if (option, *gate) in self._declared:
+            raise ValueError(f"{option}= of {self._task}: two gates are the same one, named {gate[-1]!r}; {instead}")
+        self._declared.add((option, *gate))
 
     def _add_lock(self, name: str) -> None:
-        template = self._template(name)
-        most, policy = self._most, self._policy
+        fill = self._filling(name, "lock")
+        if not name:
+            raise ValueError(f"lock= of {self._task}: '' is no name; write one, such as 'account:{{account_id}}'")
+        self._declare("lock", name, instead="leave one out")
+        task, most, policy = self._task, self._most, self._policy
 
         def make(call: _Call) -> GateCall:
-            filled = template.format(**call.values)
+            filled = fill(call.values)
+            if not filled:
+                raise ValueError(f"lock={name!r} is the empty name for this call of {task}; write text before it")
             state = keys.turn("lock", filled)
             return GateCall(
                 "p", f"lock {filled!r}", state, keys.turn_queue(state), most=most, policy=policy, fair=call.fair,
@@ -305,13 +327,15 @@ class Gates:
     def _add_concurrency(self, permits: Concurrency) -> None:
         if type(permits.count) is not int or not 1 <= permits.count <= _LARGEST:
             raise ValueError(f"concurrency={permits.count!r} must be a whole number from 1 to {_LARGEST}")
-        template, name = self._template(permits.key), permits.name or self._task
+        fill, name = self._filling(permits.key, "concurrency"), permits.name or self._task
+        instead = f"give one a name= of its own, as in Concurrency({permits.count}, name='database')"
+        self._declare("concurrency", permits.key, name, instead=instead)
         if permits.key:
-            self._keyed.append(permits.key)
+            self._keyed.append(fill)
         most, policy = self._most, self._policy
 
         def make(call: _Call) -> GateCall:
-            key = template.format(**call.values)
+            key = fill(call.values)
             filled = f"{name}:{key}" if permits.key else name
             state = keys.turn("semaphore", filled)
             return GateCall(
@@ -327,19 +351,17 @@ class Gates:
             raise TypeError(f"rate={rate.limit!r} is no rate; write text such as '100/m', a RateLimit or a Rate")
         if limit.kind == "c":
             raise ValueError(f"{limit!r} is no rate; write concurrency={limit.count}")
-        template, name, cost = (
-            self._template(rate.key),
-            rate.name or self._task,
-            _cost(1 if rate.cost is None else rate.cost, self._signature),
-        )
+        fill, name, cost = self._filling(rate.key, "rate"), rate.name or self._task, self._cost(rate.cost)
+        instead = f"give one a name= of its own, as in Rate({limit.rate!r}, name='provider')"
+        self._declare("rate", limit.part, rate.key or EVERYBODY, name, instead=instead)
         if rate.key:
-            self._keyed.append(rate.key)
+            self._keyed.append(fill)
         limiter = keys.RateKeys(name, [limit.part])
         kind, count, span, rest, part = limit.arguments()
         most, policy = self._most, self._policy
 
         def make(call: _Call) -> GateCall:
-            caller, amount = template.format(**call.values) or EVERYBODY, cost(call.values)
+            caller, amount = fill(call.values) or EVERYBODY, cost(call.values)
             if not 1 <= amount <= limit.burst:
                 raise ValueError(
                     f"{self._task}: a call that costs {amount} can never pass {limit!r}; it admits 1 to {limit.burst}"
@@ -397,10 +419,10 @@ class Gates:
         longest_us = 10 * pause_us if pause.longest is None else milliseconds(pause.longest, "longest") * 1_000
         if longest_us < pause_us:
             raise ValueError(f"longest={pause.longest!r} is shorter than the pause, {pause.pause!r}")
-        template = self._template(pause.key)
+        fill = self._filling(pause.key, "debounce")
 
         def make(call: _Call) -> GateCall:
-            key = template.format(**call.values)
+            key = fill(call.values)
             state = keys.debounced_task(self._task, key or EVERYBODY)
             return GateCall(
                 "d", f"pause of {self._task!r}" + (f" for {key!r}" if key else ""), state, state, span=pause_us,
@@ -409,6 +431,22 @@ class Gates:
 
         self._makers.append(make)
 
+    def _cost(self, cost: int | str | None) -> Callable[[Mapping[str, Any]], int]:
+        if isinstance(cost, str):
+            fill = self._filling(cost, "cost")
+
+            def filled(values: Mapping[str, Any]) -> int:
+                text = fill(values)
+                if not text.isascii() or not text.isdigit():
+                    raise ValueError(f"cost={cost!r} gives {text!r} for this call, which is no whole number")
+                return int(text)
+
+            return filled
+        amount = 1 if cost is None else cost
+        if type(amount) is not int or amount < 1:
+            raise ValueError(f"cost={cost!r} must be a whole number, 1 or more, or a template")
+        return lambda _values: amount
+
 
 class _Arguments:
     """A call's arguments by their names, with the defaults: as ``Signature.bind``, in a tenth of its time.
@@ -416,7 +454,8 @@ class _Arguments:
     Where a signature is not a plain one, or the arguments do not fit it, ``bind`` itself tells.
     """
 
-    def __init__(self, signature: Signature) -> None:
+    def __init__(self, task: str, signature: Signature) -> None:
+        self._task = task
         self._signature = signature
         parameters = signature.parameters.values()
         self._plain = all(one.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY) for one in parameters)
@@ -431,9 +470,19 @@ class _Arguments:
             values = {**self._defaults, **positional, **keywords}
             if values.keys() == self._all and positional.keys().isdisjoint(keywords):
                 return values
-        bound = self._signature.bind(*arguments, **keywords)
-        bound.apply_defaults()
-        return bound.arguments
+        return bound_to(self._signature, self._task, arguments, keywords)
+
+
+def bound_to(signature: Signature, task: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by their names, with the defaults. Raises ``TypeError``, with the task's name."""
+    try:
+        bound = signature.bind(*arguments, **keywords)
+    except TypeError as error:
+        is_first = next(iter(signature.parameters), "") == "self"
+        bind = " (for the task itself to be given as self, declare it with bind=True)" if is_first else ""
+        raise TypeError(f"{task}(): {error}{bind}") from None
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def _once(make: Callable[[_Call], GateCall]) -> Callable[[_Call], GateCall]:
@@ -460,22 +509,6 @@ def check_unique(unique: Unique) -> None:
         )
     if unique.until not in (None, *get_args(Until)):
         milliseconds(unique.until, "until")  # type: ignore[arg-type]
-
-
-def _cost(cost: int | str, signature: Signature) -> Callable[[Mapping[str, Any]], int]:
-    if isinstance(cost, str):
-        template = Template(cost, signature).text
-
-        def filled(values: Mapping[str, Any]) -> int:
-            text = template.format(**values)
-            if not text.isascii() or not text.isdigit():
-                raise ValueError(f"cost={cost!r} gives {text!r} for this call, which is no whole number")
-            return int(text)
-
-        return filled
-    if type(cost) is not int or cost < 1:
-        raise ValueError(f"cost={cost!r} must be a whole number, 1 or more, or a template")
-    return lambda _values: cost
 
 
 def _locks(given: Any) -> Sequence[str]:

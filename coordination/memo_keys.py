@@ -22,7 +22,8 @@ from uuid import UUID
 import msgspec
 from kombu.utils import json
 
-from ..cachelib.templates import Template, signature_of
+from ..cachelib.templates import Template, key_template, signature_of
+from .gates import bound_to
 
 _OF_A_TYPE = 1  # code of the MessagePack extension that holds what is told by its type's name too
 _LONGEST_TEXT_BYTES = 512  # of a filled template; a longer one is digested, so that a key always fits
@@ -49,9 +50,10 @@ class MemoKeys:
         key: a template such as ``"{region}"``; None: all arguments.
         tags: templates.
         version: part of every key.
+        what: what the key is called in messages.
         restores_models: whether arguments that are annotated as pydantic models reach the function as such.
 
-    Raises ``ValueError`` for a template that names what is no argument.
+    Raises ``ValueError`` for a template that names what is no argument, and for a key that is the bare name of one.
     """
 
     def __init__(
@@ -62,11 +64,13 @@ class MemoKeys:
         key: str | None,
         tags: Sequence[str],
         version: str,
+        what: str = "",
         restores_models: bool = False,
     ) -> None:
         self._signature = signature_of(function, without_first=bound)
-        self._key = None if key is None else Template(key, self._signature)
-        self._tags = [Template(tag, self._signature) for tag in tags]
+        named = function.__qualname__.rpartition("<locals>.")[2]
+        self._key = None if key is None else key_template(key, self._signature, what or f"key= of {named}")
+        self._tags = [Template(tag, self._signature, f"tags= of {named}") for tag in tags]
         self._version = f"@{version}" if version else ""
         self._models = _models_of(function) if restores_models else {}
 
@@ -80,9 +84,7 @@ class MemoKeys:
 
         Raises ``TypeError`` for arguments that the function does not take, or that cannot be told from others.
         """
-        bound = self._signature.bind(*arguments, **keywords)
-        bound.apply_defaults()
-        values: dict[str, Any] = bound.arguments
+        values = bound_to(self._signature, task, arguments, keywords)
         for name, model in self._models.items():
             if isinstance(values.get(name), Mapping):
                 values[name] = _restored(model, values[name])

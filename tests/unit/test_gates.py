@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -68,8 +69,21 @@ def test_several_locks_are_asked_in_their_order():
 
 
 def test_arguments_that_the_task_does_not_take_are_refused():
-    with pytest.raises(TypeError, match="positional"):
+    with pytest.raises(TypeError, match=r"^shop\.charge\(\): too many positional arguments$"):
         calls_of(1, "x", 3, 4, lock="a")
+
+
+def test_a_task_that_was_not_told_to_be_given_itself_is_told_so():
+    def bound(self, account_id): ...
+
+    with pytest.raises(TypeError, match=r"^shop\.charge\(\): missing .*'account_id' .* declare it with bind=True"):
+        Gates(TASK, inspect.signature(bound), lock="a").of([7], {})
+
+
+def test_a_lock_without_a_name_is_refused():
+    """It would be one lock for all calls that have no tenant, of all tasks."""
+    with pytest.raises(ValueError, match=r"lock='\{tenant\}' is the empty name for this call of shop\.charge"):
+        calls_of(1, "", lock="{tenant}")
 
 
 # Concurrency
@@ -288,8 +302,7 @@ def test_pauses_come_before_permits_and_permits_before_rates():
     "options",
     [
         {"lock": ["{tenant}", "acme"]},
-        {"concurrency": [5, Concurrency(3)]},
-        {"rate": ["1/s", Rate("9/s")]},
+        {"concurrency": [Concurrency(5, name="a", key="{tenant}"), Concurrency(3, name="a:acme")]},
         {"rate": ["1/s", Rate("9/s", key="{tenant}")]},
     ],
 )
@@ -298,9 +311,37 @@ def test_two_gates_that_are_one_are_refused(options):
     gates = declared(**options)
     first = [gate.state for gate in declared(**{name: given[0] for name, given in options.items()}).of([1, "all"], {})]
 
-    with pytest.raises(ValueError, match=f"{TASK}: two gates of this call are the same one: "):
-        gates.of([1, "acme" if "lock" in options else "all"], {})
+    with pytest.raises(ValueError, match=f"{TASK}: two gates of this call are the same one: .*; give one another name"):
+        gates.of([1, "all" if "rate" in options else "acme"], {})
     assert first
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"lock": ["a", "a"]}, r"lock= of shop\.charge: two gates are the same one, named 'a'; leave one out"),
+        ({"lock": ["{tenant}", "b", "{tenant}"]}, r"named '\{tenant\}'; leave one out"),
+        (
+            {"concurrency": [5, 3]},
+            r"concurrency= of shop\.charge: .* named 'shop\.charge'; give one a name= of its own",
+        ),
+        ({"concurrency": [5, Concurrency(3, name=TASK)]}, r"as in Concurrency\(3, name='database'\)"),
+        ({"concurrency": [{"{tenant}": 5}, {"{tenant}": 3}]}, "give one a name="),
+        ({"rate": ["100/m", "10/m"]}, r"rate= of shop\.charge: .*, as in Rate\('10/m', name='provider'\)"),
+        ({"rate": ["1/s", Rate("9/s")]}, "give one a name="),
+        ({"rate": ["{tenant}: 1/s", Rate("9/s", key="{tenant}")]}, "give one a name="),
+    ],
+)
+def test_two_gates_that_are_one_for_every_call_are_refused_when_they_are_declared(options, says):
+    with pytest.raises(ValueError, match=says):
+        declared(**options)
+
+
+def test_gates_that_differ_in_their_name_their_key_or_their_period_are_several():
+    rates = ["1/s", "9/m", "{tenant}: 1/s", Rate("1/s", name="provider"), RateLimit.exact("1/s")]
+    permits = [5, {"{tenant}": 3}, Concurrency(3, name="database")]
+
+    assert len(calls_of(lock=["a", "b"], concurrency=permits, rate=rates)) == 10
 
 
 def test_gates_that_differ_in_one_call_may_be_one_in_another():
@@ -358,7 +399,12 @@ def test_how_many_may_wait_is_told_to_locks_permits_and_rates(when_full, policy)
         ({"when_full": "wait"}, ValueError, "when_full='wait' is unknown; there are reject, drop_oldest, drop_newest"),
         ({"lock": "{nobody}"}, ValueError, "which is no argument here"),
         ({"lock": 7}, TypeError, "lock=7 is no name; write a template such as 'account:{account_id}', or several"),
-        ({"lock": [7]}, TypeError, "7 is no template; write text"),
+        ({"lock": [7]}, TypeError, r"lock= of shop\.charge: 7 is no template; write text"),
+        (
+            {"lock": ""},
+            ValueError,
+            r"lock= of shop\.charge: '' is no name; write one, such as 'account:\{account_id\}'",
+        ),
         ({"concurrency": {"{nobody}": 1}}, ValueError, "which is no argument here"),
         ({"lock": "a", "fair": "{nobody}"}, ValueError, "which is no argument here"),
         ({"lock": "a", "fair": 7}, TypeError, "7 is no template"),
@@ -368,6 +414,50 @@ def test_how_many_may_wait_is_told_to_locks_permits_and_rates(when_full, policy)
 def test_what_cannot_be_meant_is_refused_when_it_is_declared(options, error, says):
     with pytest.raises(error, match=says):
         declared(**options)
+
+
+@pytest.mark.parametrize(
+    ("option", "options"),
+    [
+        ("lock", lambda text: {"lock": text}),
+        ("concurrency", lambda text: {"concurrency": {text: 5}}),
+        ("rate", lambda text: {"rate": {text: "1/s"}}),
+        ("cost", lambda text: {"rate": Rate("1/s", cost=text)}),
+        ("debounce", lambda text: {"debounce": Pause("5s", key=text)}),
+        ("fair", lambda text: {"lock": "a", "fair": text}),
+    ],
+)
+class TestTemplates:
+    """Of every option."""
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("{nobody}", "names 'nobody', which is no argument here; there are: account_id, tenant, tokens"),
+            ("t:{}", "has braces without a name, which is no argument here; there are: account_id, tenant, tokens"),
+            ("t:{0}", "has braces without a name"),
+            ("{tenant", r"is no template: expected '\}' before end of string; write the name .*'\{account_id\}'"),
+            ("tenant", r"is the same for all calls; write '\{tenant\}' for the argument of that name"),
+        ],
+    )
+    def test_one_that_cannot_be_meant_is_refused_with_the_names_of_task_and_option(self, option, options, text, says):
+        with pytest.raises(ValueError, match=rf"^{option}= of shop\.charge: {re.escape(repr(text))} {says}"):
+            declared(**options(text))
+
+    @pytest.mark.parametrize("text", ["{tenant.id}", "{tenant[x]}", "{tenant:d}", "{tenant[9]}"])
+    def test_one_that_a_call_cannot_fill_is_a_type_error_that_names_it(self, option, options, text):
+        """It is a mistake in the call, as an argument is that the task does not take."""
+        gates = declared(**options(text))
+
+        with pytest.raises(TypeError, match=rf"^{option}={re.escape(repr(text))} cannot be filled from this call of "):
+            gates.of([1, "acme"], {})
+
+
+def test_a_text_that_is_no_argument_is_one_key_for_all_calls():
+    """That may be meant: then it is not the name of an argument."""
+    assert only(lock="reports").shown == "lock 'reports'"
+    assert only(concurrency={"reports": 5}).shown == f"concurrency '{TASK}:reports' (5)"
+    assert only(rate={"reports": "1/s"}).caller == "reports"
 
 
 def test_gates_are_shown_without_arguments():

@@ -297,3 +297,32 @@ def test_a_template_that_cannot_be_filled_is_a_type_error() -> None:
 def test_a_canonical_form_is_one_that_messagepack_has() -> None:
     """Whatever the value: the encoder needs no help."""
     msgspec.msgpack.encode([canonical(value) for value in APART])
+
+
+def test_a_call_that_the_function_does_not_take_names_the_task() -> None:
+    with pytest.raises(TypeError, match=r"^task\(\): missing a required argument: 'value'$"):
+        key()
+    with pytest.raises(TypeError, match=r"^task\(\): too many positional arguments$"):
+        key(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"key": "value"}, r"^key= of one: 'value' is the same for all calls; write '\{value\}'"),
+        ({"key": "{}"}, r"^key= of one: '\{\}' has braces without a name, .* there are: value"),
+        ({"key": "{value"}, r"^key= of one: '\{value' is no template: "),
+        ({"key": "{nope}", "what": "unique= of task"}, "^unique= of task: .* names 'nope'"),
+        ({"tags": ["{nope}"]}, "^tags= of one: .* names 'nope'"),
+    ],
+)
+def test_a_template_that_cannot_be_meant_is_refused_with_the_names_of_function_and_option(
+    options: Any, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        keys(**options)
+
+
+def test_a_tag_may_be_called_as_an_argument_is() -> None:
+    """It need not tell calls apart."""
+    assert keys(tags=["value"]).call("task", [1], {}).tags == ("value",)

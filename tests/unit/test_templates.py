@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from petiole.cachelib.templates import Fingerprint, Template, signature_of
+from petiole.cachelib.templates import Fingerprint, Template, key_template, signature_of
 
 
 def function(user_id, size="s", *more, flag=False, **rest): ...
@@ -42,6 +42,20 @@ def test_the_message_lists_what_a_template_may_name():
     """The arguments that there are stand in the message."""
     with pytest.raises(ValueError, match=r"'\{user\}' names 'user'.*user_id, size, more, flag, rest"):
         Template("{user}", SIGNATURE)
+
+
+@pytest.mark.parametrize("text", ["{}", "{0}", "{nope}", "{user_id"])
+def test_the_message_says_whose_template_it_is(text):
+    with pytest.raises(ValueError, match=r"^key= of report: '\{"):
+        Template(text, SIGNATURE, "key= of report")
+
+
+def test_a_template_that_tells_calls_apart_is_not_the_bare_name_of_an_argument():
+    """All calls would have one key. Any other text may be meant as one key for all."""
+    with pytest.raises(ValueError, match=r"^key= of report: 'user_id' is the same for all calls; write '\{user_id\}'"):
+        key_template("user_id", SIGNATURE, "key= of report")
+    assert key_template("users", SIGNATURE, "").fill([7], {}) == "users"
+    assert key_template("{user_id}", SIGNATURE, "").fill([7], {}) == "7"
 
 
 def test_a_template_without_arguments_is_a_key():
