@@ -26,6 +26,7 @@ from ..cachelib.errors import CachelibError
 from ..cachelib.templates import signature_of
 from . import parked_messages, passing
 from .admitted import Admitted
+from .declaring import check_coordinated, refuse_async
 from .errors import DuplicateTask, RateLimited
 from .gates import Concurrency, GateCall, Gates, OnConflict, Pause, Rate, Unique, Until, WhenFull, check_unique
 from .hold import lease_of
@@ -86,6 +87,7 @@ class CoordinatedTask(Task):
         """Check the options when the task is declared, not when it runs."""
         super().on_bound(app)
         if cls.run is not Task.run and _gates_of(cls, app):
+            refuse_async(cls.run)
             add_steps(app)
             task_postrun.connect(passing.is_over, weak=False, dispatch_uid="petiole")
 
@@ -424,6 +426,9 @@ def coordinated_task(
             time limit, with ``LockLost``; in pools of processes).
         base: a task class to build on. Default: the app's.
         options: for ``app.task``.
+
+    Raises ``ValueError`` or ``TypeError`` for what cannot be meant: at once, or, for what needs the arguments of the
+    function, when Celery makes the task, which is before a worker starts.
     """
     declared = {
         "redis": redis, "lock": lock, "concurrency": concurrency, "rate": rate, "unique": unique, "debounce": debounce,
@@ -435,6 +440,8 @@ def coordinated_task(
 
     def decorate(function: Callable[..., Any]) -> CoordinatedTask:
         parent = base or (app.Task if app is not None else Task)
+        check_coordinated(options, parent)
+        refuse_async(function)
         bases = (parent,) if issubclass(parent, CoordinatedTask) else (CoordinatedTask, parent)
         given = {PREFIX + name: value for name, value in declared.items()}
         kind = type("CoordinatedTask", bases, {"abstract": True, **given})

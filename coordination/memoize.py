@@ -16,6 +16,7 @@ from ..cachelib import MISS, Cache
 from ..cachelib.durations import Duration
 from . import memo_refresh, parked_messages, passing
 from .coordinated import CoordinatedTask, add_steps, lot_of, without_frames
+from .declaring import check_memoized, refuse_async
 from .gates import memo_gate
 from .guarded import is_guarded
 from .memo_keys import Call, MemoKeys
@@ -61,6 +62,7 @@ class MemoizedTask(CoordinatedTask):
         """Check the options when the task is declared, not when it runs."""
         super().on_bound(app)
         if cls.run is not Task.run and _found(cls) is not None:
+            refuse_async(cls.run)
             add_steps(app)
 
     @property
@@ -267,7 +269,8 @@ def memoized_task(
             signals. Only a bare ``delay`` or ``apply_async`` (no id, link, countdown or header, no part of a canvas);
             the result is stored under an id of its own, unless it is ignored.
         base: a task class to build on. Default: the app's.
-        options: for ``app.task``.
+        options: for ``app.task``; and its gates, with a ``gate_`` before the names that ``coordinated_task`` has for
+            them: ``@memoized_task(app=app, ttl="5m", gate_lock="report:{region}")``. A hit passes no gate.
 
     Raises ``ValueError`` or ``TypeError`` at once for a template that names what is no argument, and for options that
     cannot be meant.
@@ -288,6 +291,8 @@ def memoized_task(
     def decorate(function: Callable[..., Any]) -> MemoizedTask:
         _keys(checked, function, bound=bool(options.get("bind")))
         parent = base or (app.Task if app is not None else Task)
+        check_memoized(options, parent)
+        refuse_async(function)
         kind = parent
         if not issubclass(parent, MemoizedTask):
             kind = type("MemoizedTask", (MemoizedTask, parent), {"abstract": True})
