@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, TypeVar, Unpack
 
 from . import entry as entries
 from . import keys as key_names
-from .connections import UNAVAILABLE, Connections
+from .connections import UNAVAILABLE, Connections, require_connections
 from .counters import Counters
 from .durations import Duration, milliseconds
 from .entry import Entry, Freshness
@@ -103,6 +103,7 @@ class Cache:
         strict: bool = False,
         **options: Unpack[Options],
     ) -> None:
+        require_connections(redis)
         self.redis = redis
         self.namespace = namespace
         self.keys = key_names.CacheKeys(namespace)

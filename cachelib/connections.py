@@ -247,6 +247,17 @@ class Connections:
         self._lock = Lock()
 
 
+def require_connections(redis: object, name: str = "redis") -> None:
+    """Raise ``TypeError`` for what does not come from ``connect``: a URL, or redis-py's client.
+
+    They would fail where they are used at first, maybe in a worker. What it is is not shown: a URL has a password.
+    """
+    if not isinstance(redis, Connections):
+        raise TypeError(
+            f"{name} must be from connect(), not a {type(redis).__name__}; write {name}=connect('redis://...')"
+        )
+
+
 def connect(url: str | None = None, *, settings: Settings | None = None) -> Connections:
     """Reach a Redis or Valkey server, a cluster, or the primary that sentinels name.
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from threading import Event
 from typing import Any, NamedTuple
 
-from ..cachelib.connections import UNAVAILABLE, Connections
+from ..cachelib.connections import UNAVAILABLE, Connections, require_connections
 from ..cachelib.durations import Duration, milliseconds
 from ..cachelib.scripts import load
 from ..cachelib.tokens import Tokens
@@ -73,6 +73,7 @@ class Barrier:
     """
 
     def __init__(self, redis: Connections, name: str, parties: int, *, ttl: Duration = 30) -> None:
+        require_connections(redis)
         if isinstance(parties, bool) or not isinstance(parties, int) or not 1 <= parties <= MOST_PARTIES:
             raise ValueError(f"parties={parties!r} must be a whole number from 1 to {MOST_PARTIES}")
         self.name = name

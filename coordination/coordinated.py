@@ -20,6 +20,7 @@ from celery.signals import task_postrun
 
 from ..cachelib import MISS, Cache, Connections, connect
 from ..cachelib.circuit import UNAVAILABLE
+from ..cachelib.connections import require_connections
 from ..cachelib.counters import Counters
 from ..cachelib.durations import Duration, milliseconds
 from ..cachelib.errors import CachelibError
@@ -434,9 +435,10 @@ def coordinated_task(
         "redis": redis, "lock": lock, "concurrency": concurrency, "rate": rate, "unique": unique, "debounce": debounce,
         "fair": fair, "max_parked": max_parked, "when_full": when_full, "lease": lease, "on_lost": on_lost,
     }  # fmt: skip
-    if on_lost not in ("mark", "terminate"):
-        raise ValueError(f"on_lost={on_lost!r} is unknown; there are mark, terminate")
-    lease_of(lease)
+    if redis is not None:
+        require_connections(redis)
+    _check_on_lost(on_lost, "on_lost")
+    lease_of(lease, "lease")
 
     def decorate(function: Callable[..., Any]) -> CoordinatedTask:
         parent = base or (app.Task if app is not None else Task)
@@ -509,6 +511,11 @@ def _unique_key(task: type[CoordinatedTask], name: str) -> Callable[[Sequence[An
     return lambda arguments, keywords: found.call(name, arguments, keywords).key
 
 
+def _check_on_lost(given: object, name: str) -> None:
+    if given not in get_args(OnLost):
+        raise ValueError(f"{name}={given!r} is unknown; there are {', '.join(get_args(OnLost))}")
+
+
 def _is_bound(task: type[CoordinatedTask]) -> bool:
     """Whether the function is given the task itself first."""
     return not isinstance(inspect.getattr_static(task, "run"), staticmethod)
@@ -522,6 +529,10 @@ def _gates_of(task: type[CoordinatedTask], app: Celery) -> Gates:
     if unknown:
         known = ", ".join(sorted(name for name in vars(CoordinatedTask) if name.startswith(PREFIX)))
         raise TypeError(f"{unknown[0]} is no option of a coordinated task; there are {known}")
+    if task.gate_redis is not None:
+        require_connections(task.gate_redis, "gate_redis")
+    _check_on_lost(task.gate_on_lost, "gate_on_lost")
+    lease_of(task.gate_lease, "gate_lease")
     unique = _unique_of(task)
     if unique is not None:
         check_unique(unique)

@@ -24,7 +24,7 @@ from typing import Any, ParamSpec, Self
 from weakref import WeakSet
 
 from ..cachelib.background import Background
-from ..cachelib.connections import UNAVAILABLE, Connections
+from ..cachelib.connections import UNAVAILABLE, Connections, require_connections
 from ..cachelib.counters import Counters
 from ..cachelib.durations import Duration, milliseconds
 from ..cachelib.errors import ServerUnavailable
@@ -174,6 +174,7 @@ class Debounce:
     def __init__(
         self, redis: Connections, name: str, *, wait: Duration, max_wait: Duration | None = None, threads: int = 4
     ) -> None:
+        require_connections(redis)
         self.name = name
         self._redis = redis
         self._wait_ms = milliseconds(wait, "wait")

@@ -9,7 +9,7 @@ transaction (``guard``), a column of one's own (``fenced``), and keys in Redis (
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..cachelib.connections import Connections
+from ..cachelib.connections import Connections, require_connections
 from ..cachelib.durations import Duration, milliseconds
 from ..cachelib.scripts import load
 from . import keys
@@ -124,6 +124,7 @@ class FencedStore:
     """
 
     def __init__(self, redis: Connections, name: str, *, ttl: Duration = "1d") -> None:
+        require_connections(redis)
         self.name = name
         self._redis = redis
         self._ttl_ms = milliseconds(ttl, "ttl")

@@ -35,12 +35,15 @@ NOT_OURS = "the server says that its lease is over"
 _NOT_CONFIRMED = "no renewal was confirmed in time"
 
 
-def lease_of(ttl: Duration) -> int:
-    """A lease in milliseconds. Raises ``ValueError`` for one that is too short to be renewed, or too long."""
-    lease_ms = milliseconds(ttl, "ttl")
+def lease_of(ttl: Duration, name: str = "ttl") -> int:
+    """A lease in milliseconds, of an option of that name.
+
+    Raises ``ValueError`` for one that is too short to be renewed, or too long, and ``TypeError`` for what is none.
+    """
+    lease_ms = milliseconds(ttl, name)
     if not SHORTEST_LEASE_MS <= lease_ms <= LONGEST_LEASE_MS:
         raise ValueError(
-            f"ttl={ttl!r}: a lease is from 0.1 s to an hour. It says how soon after a crash others go on; "
+            f"{name}={ttl!r}: a lease is from 0.1 s to an hour. It says how soon after a crash others go on; "
             "while the holder lives it is renewed, however long that is"
         )
     return lease_ms

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from threading import Event
 from typing import Literal, get_args
 
-from ..cachelib.connections import UNAVAILABLE, Connections
+from ..cachelib.connections import UNAVAILABLE, Connections, require_connections
 from ..cachelib.counters import Counters
 from ..cachelib.durations import Duration, milliseconds
 from ..cachelib.scripts import HOLE, Script, load
@@ -82,6 +82,7 @@ class RateLimiter:
         on_error: OnError = "raise",
         lease_tokens: int = 0,
     ) -> None:
+        require_connections(redis)
         self.limits = limits_of(limits)
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error={on_error!r} is unknown; there are {', '.join(get_args(OnError))}")

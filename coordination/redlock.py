@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
-from ..cachelib.connections import UNAVAILABLE, Connections, Profile
+from ..cachelib.connections import UNAVAILABLE, Connections, Profile, require_connections
 from ..cachelib.counters import Counters
 from ..cachelib.durations import Duration, milliseconds
 from ..cachelib.tokens import Tokens
@@ -409,7 +409,8 @@ def _independent(servers: Sequence[Connections]) -> tuple[Connections, ...]:
             "split in halves; leave one out, or add one"
         )
     by_place: dict[str, Connections] = {}
-    for server in several:
+    for number, server in enumerate(several):
+        require_connections(server, f"servers[{number}]")
         place = _place(server)
         if place in by_place:
             raise ValueError(

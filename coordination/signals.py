@@ -12,7 +12,7 @@ import msgspec
 from celery import Celery, signals
 from celery.utils.dispatch import Signal
 
-from ..cachelib.connections import UNAVAILABLE, Connections
+from ..cachelib.connections import UNAVAILABLE, Connections, require_connections
 from ..cachelib.counters import Counters
 from ..cachelib.errors import ServerUnavailable
 from ..cachelib.forks import renew_after_fork
@@ -52,6 +52,7 @@ class SignalBridge:
     """
 
     def __init__(self, app: Celery, redis: Connections) -> None:
+        require_connections(redis)
         self.app = app
         self._redis = redis
         self._signals: dict[str, Signal] = {}

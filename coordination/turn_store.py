@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from ..cachelib.client import ThreadClient
 from ..cachelib.cluster import ClusterClient
-from ..cachelib.connections import Connections, Profile
+from ..cachelib.connections import Connections, Profile, require_connections
 from ..cachelib.scripts import HOLE, Prepared, load
 from . import keys
 
@@ -64,6 +64,7 @@ class TurnStore:
     """One thing of which there are so many units. Every method is one round trip and raises redis-py's errors."""
 
     def __init__(self, redis: Connections, kind: str, name: str, capacity: int) -> None:
+        require_connections(redis)
         self.redis = redis
         self.name = keys.turn(kind, name)
         self._queue = keys.turn_queue(self.name)

@@ -25,7 +25,7 @@ from celery import Celery, Task, bootsteps
 from celery.worker import control
 from kombu.exceptions import OperationalError as BrokerUnavailable
 
-from ..cachelib.connections import UNAVAILABLE, Connections, connect
+from ..cachelib.connections import UNAVAILABLE, Connections, connect, require_connections
 from ..cachelib.settings import Settings
 from ..coordination.errors import LimiterUnavailable
 from ..coordination.keys import RateKeys
@@ -91,6 +91,8 @@ def global_rate_limit(
         raise ValueError(f"hold_at_most is a whole number, 1 or more, not {hold_at_most!r}")
     if any(isinstance(step, type) and issubclass(step, GlobalRateLimit) for step in app.steps["consumer"]):
         raise ValueError(f"{app!r} has a global rate limit already; call global_rate_limit once per app")
+    if redis is not None:
+        require_connections(redis)
     url = redis.url if redis is not None else None
     options = {"url": url, "group": name or app.main or "celery", "hold_at_most": hold_at_most}
     app.steps["consumer"].add(type("GlobalRateLimit", (GlobalRateLimit,), {"__module__": __name__, **options}))

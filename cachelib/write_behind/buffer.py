@@ -13,7 +13,7 @@ from zlib import crc32
 from redis.exceptions import OutOfMemoryError
 
 from .. import keys
-from ..connections import UNAVAILABLE, Connections
+from ..connections import UNAVAILABLE, Connections, require_connections
 from ..errors import BufferFull, ServerFull, ServerUnavailable
 from ..scripts import load
 from .position import Entry, EntryId
@@ -83,6 +83,7 @@ class Buffer:
         batch_size: int = 1_000,
         max_length: int = 1_000_000,
     ) -> None:
+        require_connections(redis)
         for argument, value in (
             ("partitions", partitions),
             ("batch_size", batch_size),

@@ -6,10 +6,33 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
 import pytest
+import redis as redis_py
+from celery import Celery
 
+from petiole import (
+    Barrier,
+    Cache,
+    Debounce,
+    Leader,
+    Lock,
+    MultiLock,
+    RateLimit,
+    RateLimiter,
+    ReadWriteLock,
+    Redlock,
+    Semaphore,
+    SignalBridge,
+    SingleFlight,
+    Throttle,
+    coordinated_task,
+    global_rate_limit,
+)
 from petiole.cachelib import Connections, Settings, connect
 from petiole.cachelib.connections import Health
 from petiole.cachelib.errors import CachelibError, ServerUnavailable
+from petiole.cachelib.write_behind.buffer import Buffer
+from petiole.coordination import CoordinatedTask
+from petiole.coordination.fencing import FencedStore
 
 PASSWORD = "s3cret/pa:ss@word"
 
@@ -339,3 +362,47 @@ def test_a_command_that_a_signal_breaks_off_spoils_no_other(redis_server):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+MADE_WITH_CONNECTIONS = {
+    "Cache": lambda redis: Cache(redis, namespace="shop"),
+    "Buffer": lambda redis: Buffer(redis, "hits"),
+    "Lock": lambda redis: Lock(redis, "report"),
+    "MultiLock": lambda redis: MultiLock(redis, ["one", "two"]),
+    "Semaphore": lambda redis: Semaphore(redis, "report", permits=2),
+    "ReadWriteLock": lambda redis: ReadWriteLock(redis, "report"),
+    "Leader": lambda redis: Leader(redis, "report"),
+    "Barrier": lambda redis: Barrier(redis, "report", 2),
+    "FencedStore": lambda redis: FencedStore(redis, "reports"),
+    "RateLimiter": lambda redis: RateLimiter(redis, "api", [RateLimit("10/s")]),
+    "Throttle": lambda redis: Throttle(redis, "report", every="5m"),
+    "Debounce": lambda redis: Debounce(redis, "report", wait="5s"),
+    "SingleFlight": lambda redis: SingleFlight(redis, "report"),
+    "SignalBridge": lambda redis: SignalBridge(Celery(set_as_current=False), redis),
+    "global_rate_limit": lambda redis: global_rate_limit(Celery(set_as_current=False), redis),
+    "coordinated_task": lambda redis: coordinated_task(redis=redis, lock="report"),
+}
+
+
+@pytest.mark.parametrize("make", MADE_WITH_CONNECTIONS.values(), ids=MADE_WITH_CONNECTIONS)
+@pytest.mark.parametrize("given", ["redis://:s3cret@db:6379/0", redis_py.Redis(password="s3cret")])
+def test_what_does_not_come_from_connect_is_refused_at_once_and_not_shown(make, given):
+    """A URL has a password; and it would fail at its first use, which may be in a worker."""
+    says = rf"^redis must be from connect\(\), not a {type(given).__name__}; write redis=connect\('redis://\.\.\.'\)$"
+    with pytest.raises(TypeError, match=says):
+        make(given)
+
+
+def test_of_several_servers_the_one_is_named_that_does_not_come_from_connect():
+    with pytest.raises(TypeError, match=r"^servers\[0\] must be from connect\(\), not a str"):
+        Redlock(["redis://one", "redis://two", "redis://three"], "report")
+
+
+def test_an_attribute_of_a_task_class_is_looked_at_when_the_task_is_made():
+    def charge(): ...
+
+    app = Celery(set_as_current=False)
+    task = app.task(base=CoordinatedTask, shared=False, gate_redis="redis://:s3cret@db", gate_lock="a")(charge)
+
+    with pytest.raises(TypeError, match=r"^gate_redis must be from connect\(\), not a str; write gate_redis="):
+        _ = task.name

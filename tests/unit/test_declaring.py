@@ -93,6 +93,30 @@ def test_a_misspelt_option_of_a_memo_is_refused(app: Celery, misspelt: str, mean
         coordinated_task(app=app, **{misspelt: 3})(charge)
 
 
+@pytest.mark.parametrize(
+    ("lease", "error", "says"),
+    [
+        (0, ValueError, "lease=0 must be more than zero"),
+        ("2h", ValueError, "lease='2h': a lease is from 0.1 s to an hour"),
+        ("30", ValueError, "lease='30' is not a duration"),
+        (None, TypeError, "lease must be seconds"),
+    ],
+)
+def test_a_lease_that_is_none_is_called_a_lease(app: Celery, lease: Any, error: type[Exception], says: str) -> None:
+    """A task has no ttl."""
+    with pytest.raises(error, match=f"^{says}"):
+        coordinated_task(app=app, lock="a", lease=lease)
+    with pytest.raises(error, match=f"^gate_{says}"):
+        _ = memoized_task(app=app, ttl="5m", gate_lock="a", gate_lease=lease)(charge).name
+
+
+def test_what_is_to_become_of_a_loss_is_one_of_two(app: Celery) -> None:
+    with pytest.raises(ValueError, match=r"^on_lost='stop' is unknown; there are mark, terminate$"):
+        coordinated_task(app=app, lock="a", on_lost="stop")
+    with pytest.raises(ValueError, match=r"^gate_on_lost='stop' is unknown"):
+        _ = memoized_task(app=app, ttl="5m", gate_lock="a", gate_on_lost="stop")(charge).name
+
+
 @pytest.mark.parametrize("decorator", BOTH)
 def test_what_a_base_class_declares_is_no_mistake(app: Celery, decorator: Decorator) -> None:
     class Tagged(Task):
