@@ -7,7 +7,7 @@ import pytest
 from celery import Celery, Task
 
 from petiole import coordinated_task, memoized_task
-from petiole.coordination import CoordinatedTask, MemoizedTask
+from petiole.coordination import CoordinatedTask, MemoizedTask, Unique
 from petiole.coordination.coordinated import PREFIX
 from petiole.coordination.declaring import GATES, MEMO, check_coordinated, check_memoized
 
@@ -154,6 +154,15 @@ def test_a_coordinated_task_may_be_memoized_by_its_base(app: Celery) -> None:
 
     assert task.gates
     assert task.memo is not None
+
+
+@pytest.mark.parametrize("key", ["account_id", "{acount_id}", "{account_id"])
+def test_a_key_that_cannot_be_meant_names_the_task_and_the_option(app: Celery, key: str) -> None:
+    """A bare name would be one key for all calls: one result for all, one call of all."""
+    with pytest.raises(ValueError, match=r"^key= of charge: "):
+        memoized_task(app=app, key=key)(charge)
+    with pytest.raises(ValueError, match=r"^unique= of shop\.charge: "):
+        _ = coordinated_task(app=app, name="shop.charge", unique=Unique(key, until="end"))(charge).run
 
 
 async def coroutine(account_id: int) -> None: ...
