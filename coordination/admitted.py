@@ -107,7 +107,8 @@ class Admitted:
 
         Arguments:
             actual_cost: 0 or more.
-            key: the key of the rate that is meant, as the task declares it. Default: all rates whose ``cost`` is given.
+            key: the key of the rate that is meant, as the task declares it; of several with that key, those whose
+                ``cost`` is given. Default: all rates whose ``cost`` is given.
 
         Raises ``LookupError`` when there is no such rate, and as ``RateLimiter.settle``; then nothing was settled,
         except where Redis did not answer for one of several.

@@ -1114,13 +1114,14 @@ def used_of(redis, limiter, limit):
     return limit.burst - rates.peek("all").remaining
 
 
-def test_what_a_call_has_cost_is_settled_with_the_rates_that_have_a_cost_alone(desk):
+@pytest.mark.parametrize("key", [None, ""])
+def test_what_a_call_has_cost_is_settled_with_the_rates_that_have_a_cost_alone(desk, key):
     """Else ten thousand tokens would be ten thousand calls."""
     calls, tokens = RateLimit("10/d"), RateLimit("1000/d")
     rates = [calls, Rate(tokens, name=f"{desk.name}.llm", cost="{estimate}")]
 
     def ask(task, estimate, actual):
-        task.admission.settle(actual)
+        task.admission.settle(actual, key)
 
     task = desk.task(ask, bind=True, rate=rates)
     task(100, 500)
