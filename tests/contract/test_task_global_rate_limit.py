@@ -110,7 +110,7 @@ def test_a_backlog_starts_exactly_at_the_rate_and_nothing_twice_when_the_broker_
     assert once_each(crew.runs())
     assert [crew.stats(name)["prefetch_count"] for name in ("ann", "bob")] == [8, 8]
     assert most_in_a_second(runs) <= RateLimit("40/s", burst=1).bound_us(1_000_000 + MAY_BE_LATE_US)
-    assert seconds(runs) <= 1.1 * 299 / 40
+    assert seconds(runs) <= 2 * 299 / 40  # what is not given back in time waits for five seconds more, and again
 
 
 def test_one_worker_that_is_told_tells_all_and_it_outlasts_them(hire: Hire, limits: EmbeddedServer) -> None:

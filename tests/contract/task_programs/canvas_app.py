@@ -117,7 +117,7 @@ def make_app(url: str) -> Celery:
         "replace": {"unique": Unique("{tag}", on_conflict="replace")},
         "replace_start": {"unique": Unique("{tag}", until="start", on_conflict="replace")},
         "replace_end": {"unique": Unique("{tag}", until="end", on_conflict="replace")},
-        "paused": {"debounce": Pause("0.3s", key="{tag}", longest="1s")},
+        "paused": {"debounce": Pause("2s", key="{tag}", longest="30s")},
         "late": {"lock": "canvas:{tag}", "acks_late": True},
         "full_reject": {"lock": "canvas:{tag}", "max_parked": 1},
         "full_oldest": {"lock": "canvas:{tag}", "max_parked": 1, "when_full": "drop_oldest"},
