@@ -14,7 +14,7 @@ from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 from celery import Celery, Task, shared_task
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, Retry
 from celery.result import AsyncResult
 from celery.signals import task_postrun
 
@@ -90,7 +90,6 @@ class CoordinatedTask(Task):
         if cls.run is not Task.run and _gates_of(cls, app):
             refuse_async(cls.run)
             add_steps(app)
-            task_postrun.connect(passing.is_over, weak=False, dispatch_uid="petiole")
 
     @property
     def gates(self) -> Gates:
@@ -259,6 +258,7 @@ class CoordinatedTask(Task):
             self._joined,
             self._verdict_of,
             lambda: self._reclaim(arguments, keywords),
+            lambda retry: self._retried_in_ms(retry, gates),
             followed,
             alone=memo is not None and not self.gates,
         ).go()
@@ -313,8 +313,24 @@ class CoordinatedTask(Task):
     def _reclaim(self, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None:
         """Claim once more to be the only call: it has to come again."""
         unique = _unique_of(type(self))
-        if unique is not None and unique.until == "end":
+        if unique is not None and unique.until == "end" and self._claims():
             self._claim(unique, arguments, keywords, self.request.id, {"retries": 1})
+
+    def _retried_in_ms(self, retry: Retry, gates: Sequence[GateCall]) -> int:
+        """In what time the next attempt of the only call comes; 0: none does, or it is for other arguments.
+
+        Called while what the task holds is about to be given back, so it raises nothing.
+        """
+        unique, signature = _unique_of(type(self)), retry.sig
+        if unique is None or unique.on_conflict != "join" or unique.until is None or signature is None:
+            return 0
+        try:
+            following = self.gates.of(signature.args or (), signature.kwargs or {})
+            states, same = ([gate.state for gate in some if gate.is_unique] for some in (gates, following))
+            return 1 + int(_seconds_until_due(signature.options) * 1_000) if states == same else 0
+        except Exception as error:  # noqa: BLE001 - whatever the next attempt is made of, this one has ended
+            logger.warning("%s: others do not wait for the next attempt: %s", self.name, error)
+            return 0
 
     def _claim(
         self,
@@ -358,6 +374,8 @@ def _said_by_us(options: Mapping[str, Any]) -> bool:
 
 def _seconds_until_due(options: Mapping[str, Any]) -> float:
     eta = options.get("eta")
+    if isinstance(eta, str):
+        eta = datetime.fromisoformat(eta)
     if isinstance(eta, datetime):
         return max(0.0, (eta - datetime.now(eta.tzinfo)).total_seconds())
     return max(0.0, float(options.get("countdown") or 0))
@@ -455,7 +473,8 @@ def coordinated_task(
 
 
 def add_steps(app: Celery) -> None:
-    """Have the workers of an app wake what is parked, and renew leases. Loaded by name, in the worker."""
+    """Have the workers of an app wake what is parked, renew leases, and know what is over. Loaded by name, there."""
+    task_postrun.connect(passing.is_over, weak=False, dispatch_uid="petiole")
     app.steps["worker"].add(_WORKER_STEP)
     app.steps["consumer"].add(_CONSUMER_STEP)
 

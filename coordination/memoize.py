@@ -101,6 +101,8 @@ class MemoizedTask(CoordinatedTask):
         token = memo_refresh.token_in(self)
         if token is None:
             return self._lead_or_follow(memo, call, run)
+        if parked_messages.generation_of(self.request):  # what it was handed may be the permit of the result
+            run = partial(self._pass_memo_gate, call, self._body_of(call.arguments, call.keywords))
         value = memo.refresh(call, run, token, again=memo_refresh.comes_again(self))
         if value is not MISS:
             return value
@@ -183,9 +185,12 @@ class MemoizedTask(CoordinatedTask):
             if value is not MISS:
                 return value
         body = self._body_of(call.arguments, call.keywords)
-        lead = partial(memo.lead_or_wait, call, body)
+        return self._pass_memo_gate(call, partial(memo.lead_or_wait, call, body))
+
+    def _pass_memo_gate(self, call: Call, body: Callable[[], Any]) -> Any:
+        """Run a body when the gates let it, and those that want the same result."""
         gate = memo_gate(call.key)
-        return without_frames(lambda: self._pass_gates(call.arguments, call.keywords, lead, memo=gate))
+        return without_frames(lambda: self._pass_gates(call.arguments, call.keywords, body, memo=gate))
 
     def _claims(self) -> bool:
         return memo_refresh.token_in(self) is None

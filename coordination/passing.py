@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from typing import Any, Protocol
 from uuid import uuid4
@@ -77,11 +76,15 @@ class DeliveryDropped(Ignore):  # type: ignore[misc]
     """Ends a delivery for which another one stands."""
 
 
-def is_over(task: Task, **_: Any) -> None:
-    """Celery has kept the result of a task, and sent what follows it. A receiver of ``task_postrun``."""
+def is_over(task: Task, state: str | None = None, **_: Any) -> None:
+    """Celery has kept the result of a task, and sent what follows it. A receiver of ``task_postrun``.
+
+    Arguments:
+        state: None when the process is told to end, and nothing of that was done.
+    """
     when_over = getattr(task.request, "when_over", None)
-    if when_over is not None:
-        task.request.when_over = None
+    task.request.when_over = None
+    if when_over is not None and state is not None:
         with suppress(RuntimeError, *UNAVAILABLE):  # then it may run again if it comes again, as any late task
             when_over()
 
@@ -104,6 +107,8 @@ class Passage:
     """What those are told that wait to end with this result, which that run has brought."""
     reclaim: Callable[[], None]
     """Claim once more to be the only call."""
+    retried_in_ms: Callable[[Retry], int]
+    """In what time the next attempt comes for which those wait that join; 0: they do not."""
     followed: str = ""
     """The id of the call whose result it is to have, if that ends first."""
     alone: bool = False
@@ -358,7 +363,7 @@ class Passage:
             return self._again(running.attempt._replace(generation=0, again=True), limited, paused=paused)
         except (Retry, Reject, Ignore) as ended:  # Ignore: it was replaced, by one that has its id
             if request.admission is admitted:
-                admitted.end(retried_ms=self._retried_ms(ended))
+                admitted.end(retried_ms=self.retried_in_ms(ended) if isinstance(ended, Retry) else 0)
             raise
         except BaseException:
             self._end(admitted, running, "-")
@@ -383,15 +388,6 @@ class Passage:
         else:
             admitted.end(verdict, over=False)
             request.when_over = partial(self.lot.over, running, known_ms=_KNOWN_MS)
-
-    def _retried_ms(self, ended: BaseException) -> int:
-        """In what time the next attempt of the only call comes; 0: there is none, or others need not wait for it."""
-        if not isinstance(ended, Retry) or not any(gate.kind == "c" and gate.policy == "j" for gate in self.gates):
-            return 0
-        when = ended.when
-        if isinstance(when, datetime):
-            when = (when - datetime.now(when.tzinfo)).total_seconds()
-        return 1 + int(max(0.0, float(when or 0)) * 1_000)
 
     def _pause(self, admitted: Admitted, limited: RateLimited) -> bool:
         """Whether a gate is closed now. What the call has claimed is its own until it has ended."""

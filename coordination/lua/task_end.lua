@@ -44,9 +44,11 @@ local function keep(state, line, order, turn)
             park_join(line, order, id, entry.fair, true)
         end
     else
-        local ends = turn_text(now + next_ms * 1000)
+        local ends = now + next_ms * 1000
+        local terms = units .. " " .. next_ms .. " " .. fence .. " " .. turn_text(ends) .. " " .. label
+        redis.call("HSET", state, "h" .. next_token, terms) -- now: what is in use may be counted anew below
+        turn.next_end = turn.used == 0 and ends or math.min(turn.next_end, ends)
         turn.used = turn.used + tonumber(units)
-        turn_change(state, turn, "h" .. next_token, units .. " " .. next_ms .. " " .. fence .. " " .. ends .. " " .. label)
     end
 end
 

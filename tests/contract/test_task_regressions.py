@@ -17,6 +17,7 @@ import pytest
 from amqp.exceptions import MessageNacked
 from celery import Celery
 from celery.app.trace import build_tracer
+from celery.signals import task_postrun
 from celery.worker import state as worker_state
 from kombu import Connection
 from local_nodes import eventually
@@ -1007,6 +1008,148 @@ def test_those_that_wait_to_end_with_a_call_wait_for_its_retries_too(desk, comes
         ended = desk.come()
     assert ran == [("A", 0), ("A", 1)]
     assert set(ended) == {("SUCCESS", "made")}
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_permit_is_kept_for_the_retry_of_an_attempt_that_outlasted_its_lease(yard, waits):
+    """What is in use is counted anew then."""
+    gates = yard.gates(unique=Unique(until="end"))
+    (permit,) = [gate for gate in gates if gate.is_unique]
+    running = yard.run("a", gates, lease_ms=200)
+    held = yard.lot.running([running.attempt.token])[running.attempt.token]
+    assert yard.lot.renew({running.attempt.token: held._replace(lease_ms=600_000)}) == []
+    if waits:
+        yard.park("b", gates)
+    client = yard.lot.redis.coordination
+
+    def is_over():
+        seconds, micros = client.time()
+        return seconds * 1_000_000 + micros > running.now_us + 200_000
+
+    eventually(is_over, "the lease that it began with is over")
+    yard.lot.end(running, retried_ms=60_000)
+    assert yard.pumped() == []
+    assert client.hget(permit.state, "used") == b"1"
+    assert isinstance(yard.ask("c", gates, record=None), Refused)
+    retry = yard.ask("a", gates, retries=1)
+    assert isinstance(retry, Running)
+    yard.lot.end(retry)
+    assert [one.id for one in yard.pumped()] == (["b"] if waits else [])
+
+
+def test_a_retry_for_other_arguments_leaves_nothing_behind(desk):
+    ran = []
+
+    def work(self, number):
+        ran.append(number)
+        if len(ran) == 1:
+            raise self.retry(args=(2,), countdown=0)
+        return number
+
+    task = desk.task(work, bind=True, unique=Unique("{number}", until="end"))
+    desk.run(task, 1)
+    desk.messages()
+    assert desk.run(task, 1) == ("SUCCESS", 1)
+    assert ran == [1, 1]
+
+
+def test_a_retry_at_a_time_that_is_text_is_a_retry(desk):
+    def work(self, number):
+        raise self.retry(eta=(datetime.now(UTC) + timedelta(hours=1)).isoformat())
+
+    task = desk.task(work, bind=True, unique=Unique("{number}", until="end"))
+    assert desk.run(task, 1, id="A")[0] == "RETRY"
+    permit = next(gate for gate in task.gates.of((1,), {}) if gate.is_unique)
+    lease_ms = int(desk.redis.coordination.hget(permit.state, "hA.1").split()[1])
+    assert 3_500_000 < lease_ms <= 3_632_000
+
+
+def test_a_late_task_whose_process_is_told_to_end_runs_again(desk):
+    """Celery sends ``task_postrun`` then too, and keeps no result."""
+    ran = []
+
+    def work(number):
+        ran.append(number)
+        if len(ran) == 1:
+            raise SystemExit
+
+    task = desk.task(work, acks_late=True, lock=f"{desk.name}:a")
+    message = desk.send(task, 1)
+    with pytest.raises(SystemExit):
+        desk.deliver(message)
+    token = Attempt(message.headers["id"], 0).token
+    assert desk.lot.crashed(token, desk.lot.running([token])[token])
+    desk.deliver(message, redelivered=True)
+    assert ran == [1, 1]
+
+
+def test_that_a_late_task_has_ended_is_known_where_all_are_only_memoized(desk):
+    ran = []
+
+    def work(number):
+        ran.append(number)
+        raise KeyError(number)
+
+    with patch.object(task_postrun, "receivers", []):
+        task = memoized_task(
+            app=desk.app,
+            cache=Cache(desk.redis, namespace=desk.name),
+            name=f"{desk.name}.made",
+            ttl="5m",
+            acks_late=True,
+        )(work)
+        message = desk.send(task, 1)
+        for redelivered in (False, True):
+            desk.deliver(message, redelivered=redelivered)
+    assert (ran, desk.parked()) == ([1], 0)
+
+
+def test_a_refresh_that_is_rate_limited_claims_nothing(desk):
+    ran = []
+
+    def work(self, number):
+        ran.append(number)
+        if len(ran) == 2:
+            raise RateLimited(0.1)
+
+    task = memoized_task(
+        app=desk.app, cache=Cache(desk.redis, namespace=desk.name), name=f"{desk.name}.made", ttl="5m", bind=True,
+        gate_redis=desk.redis, gate_rate="100/s", gate_unique=Unique("{number}", until="end", on_conflict="drop"),
+    )(work)  # fmt: skip
+    desk.run(task, 1)
+    task.refresh(1)
+    (refresh,) = desk.messages()
+    desk.deliver(refresh)
+    desk.come()
+    assert ran == [1, 1, 1]
+    task.invalidate(1)
+    desk.run(task, 1)
+    assert ran == [1, 1, 1, 1]
+
+
+def test_a_refresh_gives_back_the_permit_that_it_was_handed_for_the_result(desk):
+    ran, came = [], []
+
+    def work(number):
+        ran.append(number)
+        if len(ran) == 1:
+            coming = Thread(target=lambda: came.append(desk.deliver(refresh)))
+            coming.start()
+            coming.join()
+            raise KeyError(number)
+        return "made"
+
+    task = memoized_task(
+        app=desk.app, cache=Cache(desk.redis, namespace=desk.name), name=f"{desk.name}.made", ttl="5m",
+        gate_redis=desk.redis,
+    )(work)  # fmt: skip
+    task.refresh(1)
+    (refresh,) = desk.messages()
+    assert desk.run(task, 1)[0] == "FAILURE"
+    assert [value for _, value in desk.come()] == ["made"]
+    task.invalidate(1)
+    assert desk.run(task, 1) == ("SUCCESS", "made")
+    assert (len(ran), desk.parked()) == (3, 0)
 
 
 def test_a_result_that_came_while_it_was_looked_for_is_found(desk, monkeypatch):
