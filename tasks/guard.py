@@ -84,6 +84,8 @@ class Guard:
         self._processes = processes
         self._running: dict[int, _Running] = {}
         self._dead: list[_Running] = []
+        self._silent: list[ParkingLot] = []
+        """Those that did not answer the last time; that was said then."""
         self._revoked: list[tuple[CoordinatedTask, Any, bool]] = []
         self._requests: dict[CoordinatedTask, Any] = {}
         self._leases_s: dict[str, float] = {}
@@ -275,10 +277,20 @@ class Guard:
         try:
             what(lot, some)
         except (*UNAVAILABLE, RuntimeError) as error:  # RuntimeError: the connections were closed
-            logger.warning("%d running tasks are not renewed for a moment: %s", len(some), error)
+            if lot not in self._silent:
+                self._silent.append(lot)
+                logger.warning(
+                    "%d running tasks are not renewed until Redis at %s answers: %s",
+                    len(some),
+                    lot.redis.address,
+                    error,
+                )
             for one in some:
                 one.due = time.monotonic() + min(_PAUSE_S, one.lease_s / 20)
             return False
+        if lot in self._silent:
+            self._silent.remove(lot)
+            logger.info("Redis at %s answers again: running tasks are renewed", lot.redis.address)
         return True
 
     def _forget(self, task: CoordinatedTask, request: Any, terminated: bool) -> None:

@@ -861,6 +861,36 @@ def test_a_task_that_has_given_back_what_it_held_has_not_lost_it(desk):
         worker_state.active_requests.discard(request)
 
 
+def test_a_worker_says_once_that_what_it_runs_is_not_renewed_and_once_that_it_is(desk, caplog):
+    caplog.set_level("INFO", logger="petiole.tasks.guard")
+    task = desk.task(noting([]), lock=f"{desk.name}:a", lease=30)
+    desk.lot.admit(Attempt("A", 0), task.gates.of((1,), {}), record=None)
+    request = RequestOf(id="A", task=task, request_dict={}, worker_pid=None, args=(1,), kwargs={})
+    guard = Guard(desk.app, [task.lot], processes=False)
+    worker_state.active_requests.add(request)
+
+    def look():
+        guard.accepted(request)
+        for one in guard._running.values():
+            one.due = 0.0
+        guard._look()
+
+    try:
+        with patch.object(ParkingLot, "running", side_effect=RedisTimeoutError("away")):
+            look()
+            look()
+        look()
+        look()
+    finally:
+        worker_state.active_requests.discard(request)
+    said = [record.getMessage() for record in caplog.records]
+    address = desk.redis.address
+    assert said == [
+        f"1 running tasks are not renewed until Redis at {address} answers: away",
+        f"Redis at {address} answers again: running tasks are renewed",
+    ]
+
+
 def test_a_delivery_that_waits_for_one_that_celery_is_done_with_is_no_more(desk):
     ran = []
 
