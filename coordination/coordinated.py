@@ -277,7 +277,8 @@ class CoordinatedTask(Task):
         if request is None or request.called_directly or unique is None or unique.until not in get_args(Until):
             return
         if request.id and not getattr(request, "asks_gates", False):
-            self.unclaim(request.id, arguments, keywords)
+            with suppress(TypeError, ValueError):  # arguments that make no claim: it has none
+                self.unclaim(request.id, arguments, keywords)
 
     def _leave_lot(self) -> None:
         """This delivery was woken, and will not ask its gates: it has none any more, or they are others."""

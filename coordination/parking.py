@@ -289,7 +289,7 @@ class ParkingLot:
             rest=b"" if over else _run_text([], running.lease_ms),
             next_token=attempt._replace(retries=attempt.retries + 1).token if retried_ms else "",
             next_ms=retried_ms + running.lease_ms,
-            keeps=[int(bool(retried_ms) and gate.joins and gate.is_unique) for gate in permits],
+            keeps=[int(retried_ms > 0 and gate.is_unique) for gate in permits],
         )
 
     def over(self, running: Running, *, known_ms: int) -> bool:

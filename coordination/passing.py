@@ -83,8 +83,10 @@ def is_over(task: Task, state: str | None = None, **_: Any) -> None:
         state: None when the process is told to end, and nothing of that was done.
     """
     when_over = getattr(task.request, "when_over", None)
+    if when_over is None:  # nearly always: it is told of every task of the process
+        return
     task.request.when_over = None
-    if when_over is not None and state is not None:
+    if state is not None:
         with suppress(RuntimeError, *UNAVAILABLE):  # then it may run again if it comes again, as any late task
             when_over()
 

@@ -943,6 +943,18 @@ def test_a_call_that_ends_with_what_is_remembered_claims_nothing_any_more(desk):
     assert ran == [1, 1]
 
 
+def test_what_is_remembered_is_returned_though_the_arguments_make_no_claim(desk):
+    """Sent by somebody who does not have the task."""
+    task = memoized_task(
+        app=desk.app, cache=Cache(desk.redis, namespace=desk.name), name=f"{desk.name}.made", key="{number}", ttl="5m",
+        gate_redis=desk.redis, gate_unique=Unique("{number.year}", until="end", on_conflict="drop"),
+    )(noting([]))  # fmt: skip
+    assert task.memo.cache.set(task.key(1), "remembered")
+    desk.app.send_task(task.name, (1,))
+    (message,) = desk.messages()
+    assert desk.deliver(message) == ("SUCCESS", "remembered")
+
+
 def test_the_refresh_of_a_call_that_is_unique_is_sent_while_another_call_has_the_claim(desk):
     ran = []
     task = memoized_task(
