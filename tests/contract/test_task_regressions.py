@@ -842,6 +842,39 @@ def test_a_late_task_that_died_before_celery_kept_its_result_runs_again(desk):
     assert (ran, desk.parked()) == ([1, 1], 0), "and then it is known to have ended"
 
 
+def test_a_delivery_that_waits_for_one_that_dies_before_its_result_is_kept_runs(desk):
+    ran = []
+
+    def work(number):
+        ran.append(number)
+        if len(ran) == 1:
+            again = Thread(target=desk.deliver, args=(message,), kwargs={"redelivered": True})
+            again.start()
+            again.join()
+
+    task = desk.task(work, acks_late=True, lock=f"{desk.name}:a")
+    message = desk.send(task, 1)
+    with patch.object(ParkingLot, "over", lambda *_, **__: False):  # its process dies before
+        desk.deliver(message)
+    assert (ran, desk.parked()) == ([1], 1)
+    token = Attempt(message.headers["id"], 0).token
+    assert desk.lot.crashed(token, desk.lot.running([token])[token])
+    desk.come()
+    assert (ran, desk.parked()) == ([1, 1], 0)
+
+
+@pytest.mark.parametrize("until", ["start", "end"])
+def test_a_call_that_waits_in_its_slot_claims_nothing_when_it_has_ended(desk, until):
+    """In a worker that parks nothing of this task."""
+    ran = []
+    task = desk.task(noting(ran), unique=Unique("{number}", until=until, on_conflict="drop"))
+    for _ in range(2):
+        task.delay(1)  # which is not sent where the claim of another is there
+        (message,) = desk.messages()
+        desk.deliver(message, guarded_here=False)
+    assert ran == [1, 1]
+
+
 def test_a_task_that_has_given_back_what_it_held_has_not_lost_it(desk):
     """While Celery keeps its result, the guard looks after it still."""
     task = desk.task(noting([]), lock=f"{desk.name}:a", lease=30)
@@ -1035,7 +1068,7 @@ def test_those_that_wait_to_end_with_a_call_wait_for_its_retries_too(desk, comes
         return "made"
 
     task = desk.task(work, bind=True, unique=Unique("{number}", until="end"))
-    first, waits = desk.send(task, 1, id="A"), desk.send(task, 1, id="B")
+    first, waits = desk.send(task, 1, id="Z"), desk.send(task, 1, id="B")
     desk.deliver(first)
     if comes == "later":
         desk.pump.once()
@@ -1047,8 +1080,9 @@ def test_those_that_wait_to_end_with_a_call_wait_for_its_retries_too(desk, comes
     else:
         assert desk.parked() == 2
         desk.come()
+        assert ran == [("Z", 0), ("Z", 1)], "the retry goes first"
         ended = desk.come()
-    assert ran == [("A", 0), ("A", 1)]
+    assert ran == [("Z", 0), ("Z", 1)]
     assert set(ended) == {("SUCCESS", "made")}
 
 
